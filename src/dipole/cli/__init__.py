@@ -1,0 +1,82 @@
+"""The command line. One module per command: a docstring (summary, then examples), a dataclass `Args`, and `run(args)`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+from dipole.errors import DipoleError, unknown
+
+COMMANDS = {
+    "demo": "from nothing to an evaluated policy and a report, in minutes",
+    "collect": "collect demonstrations with a scripted expert",
+    "inspect": "look at a dataset: counts, ranges, defects",
+    "train": "train a diffusion or flow policy on demonstrations",
+    "eval": "evaluate a policy on unseen seeds, with intervals",
+    "compare": "compare two policies on the same seeds",
+    "report": "write a run's report page",
+    "reproduce": "rerun a published claim: baseline against method",
+    "systems": "list the published systems and their results",
+    "bench": "measure dipole against its peers",
+    "env": "list environments",
+}
+
+
+def usage() -> str:
+    """Return the overview printed by `dipole --help`."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name.ljust(width)}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dipole COMMAND [OPTIONS]      (dipole COMMAND --help for options and examples)",
+            "",
+            "Diffusion and flow policies: learning and execution.",
+            "",
+            *lines,
+            "",
+            "examples:",
+            "  dipole demo",
+            "  dipole collect metaworld/peg-insert-side-v3 --episodes 60 --noise 0.1 --out runs/demos",
+            "  dipole train --data runs/demos --out runs/peg",
+            "  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --episodes 50",
+        ]
+    )
+
+
+def _command(name: str) -> ModuleType:
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    return importlib.import_module(f"dipole.cli.{name}")
+
+
+def _parse(module: ModuleType, name: str, words: list[str]) -> object:
+    import tyro
+
+    return tyro.cli(module.Args, prog=f"dipole {name}", description=module.__doc__, args=words)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exits with 2 and one line on stderr when the input is at fault, 130 on Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if words[0] in ("-V", "--version"):
+        from dipole import __version__
+
+        print(__version__)
+        return
+    try:
+        module = _command(words[0])
+        module.run(_parse(module, words[0], words[1:]))
+    except DipoleError as error:
+        print(f"dipole: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("dipole: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output (head, a pager) went away: not an error of ours.
+        sys.stderr.close()
+        raise SystemExit(0) from None

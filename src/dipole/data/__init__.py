@@ -1,0 +1,8 @@
+"""Datasets: episodes, training windows, normalization, and the formats people already have."""
+
+from dipole.data.episodes import Episodes
+from dipole.data.features import Feature
+from dipole.data.normalizer import Normalizer
+from dipole.data.windows import Windows, split_episodes
+
+__all__ = ["Episodes", "Feature", "Normalizer", "Windows", "split_episodes"]

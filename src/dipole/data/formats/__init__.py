@@ -1,0 +1,1 @@
+"""Datasets on disk: one module per format, each with `read(path)`."""

@@ -1,0 +1,181 @@
+"""Policies on disk: a folder with `config.json`, `model.safetensors` and `normalizer.safetensors`.
+
+`config.json` names the kind of policy (from a closed set), holds its configuration and the SHA-256 of the two weight
+files, so that a damaged file is found before it moves a robot. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dipole import __version__
+from dipole.data.normalizer import Normalizer
+from dipole.errors import DipoleError, unknown
+from dipole.serialization import from_dict, read_json, to_dict, write_json
+
+FORMAT = 1
+MODEL, NORMALIZER, CONFIG = "model.safetensors", "normalizer.safetensors", "config.json"
+
+POLICIES = {
+    "diffusion": ("dipole.policies.diffusion_policy", "DiffusionPolicy"),
+    "beso": ("dipole.policies.beso", "BesoPolicy"),
+    "mode": ("dipole.policies.mode", "ModePolicy"),
+}
+
+
+def policy_class(type_name: str) -> Any:
+    """Return the class of a kind of policy.
+
+    Raises:
+        DipoleError: Unknown kind.
+    """
+    if type_name not in POLICIES:
+        raise unknown("kind of policy", type_name, POLICIES)
+    module, name = POLICIES[type_name]
+    return getattr(importlib.import_module(module), name)
+
+
+def save_policy(policy: Any, path: str | Path, weights: dict[str, Tensor] | None = None) -> Path:
+    """Write a policy folder atomically, replacing an older one.
+
+    Args:
+        policy: A policy module with `config`, `normalizer` and `type_name`.
+        path: Folder.
+        weights: Values to store instead of the policy's own (EMA weights), by parameter name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DipoleError: The disk is full or the folder cannot be written; what was there before is left.
+    """
+    folder = Path(path)
+    state = {key: value for key, value in policy.state_dict().items() if not key.startswith("normalizer.")}
+    for key, value in (weights or {}).items():
+        if key in state:
+            state[key] = value
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    except OSError as error:
+        raise DipoleError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        save_file({key: value.detach().contiguous().cpu() for key, value in state.items()}, temporary / MODEL)
+        save_file(policy.normalizer.to_state(), temporary / NORMALIZER)
+        write_json(temporary / CONFIG, _header(policy, temporary))
+        os.chmod(temporary, 0o755)
+        replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        raise DipoleError(f"{folder}: cannot be written ({error}): free some space, what was there is kept") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the finished folder `new` in the place of `folder`; the old one is moved aside first, then removed."""
+    aside = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, aside)
+    os.rename(new, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo a replacement that was killed halfway: bring back the old folder if the new one never arrived."""
+    aside = folder.with_name(f".{folder.name}.old")
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+
+
+def _header(policy: Any, folder: Path) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "dipole_version": __version__,
+        "type": policy.type_name,
+        "sha256": {name: _digest(folder / name) for name in (MODEL, NORMALIZER)},
+        "config": to_dict(policy.config),
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_policy(path: str | Path) -> Path:
+    """Return the policy folder meant by `path`: itself, or the best, else the last checkpoint of a run folder.
+
+    Raises:
+        DipoleError: There is none.
+    """
+    folder = Path(path)
+    candidates = [folder, folder / "checkpoints" / "best", folder / "checkpoints" / "last"]
+    for candidate in candidates:
+        recover_folder(candidate)
+        if (candidate / CONFIG).is_file() and (candidate / MODEL).is_file():
+            return candidate
+    if not folder.exists():
+        raise DipoleError(f"{folder}: no such folder: give a run folder or a checkpoint folder")
+    missing = MODEL if (folder / CONFIG).is_file() else CONFIG
+    raise DipoleError(
+        f"{folder}: not a policy, '{missing}' is missing here and in checkpoints/best and checkpoints/last"
+    )
+
+
+def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Any:
+    """Load a policy from a run folder or a checkpoint folder, ready to act (evaluation mode).
+
+    Raises:
+        DipoleError: Something is missing, damaged or of another kind; the message names file and key.
+    """
+    folder = find_policy(path)
+    header = read_json(folder / CONFIG)
+    if not isinstance(header, dict) or "type" not in header or "config" not in header:
+        raise DipoleError(f"{folder / CONFIG}: not a dipole checkpoint (keys 'type' and 'config' are missing)")
+    if header.get("format") != FORMAT:
+        raise DipoleError(f"{folder / CONFIG}: format {header.get('format')!r} is not {FORMAT}: update dipole")
+    for name in (MODEL, NORMALIZER):
+        _verify(folder / name, header.get("sha256", {}).get(name))
+    cls = policy_class(str(header["type"]))
+    config = from_dict(cls.config_class, header["config"], where=str(folder / CONFIG))
+    policy = cls(config, Normalizer.from_state(load_file(folder / NORMALIZER)))
+    load_weights(policy, load_file(folder / MODEL), folder / MODEL)
+    return policy.to(device).eval()
+
+
+def _verify(path: Path, expected: str | None) -> None:
+    if not path.is_file():
+        raise DipoleError(f"{path}: missing: copy the whole checkpoint folder")
+    if expected is not None and _digest(path) != expected:
+        raise DipoleError(f"{path}: damaged (its SHA-256 is not the one in {CONFIG}): restore it from a copy")
+
+
+def load_weights(policy: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load weights strictly, all but the normalizer's.
+
+    Raises:
+        DipoleError: A key is foreign or missing, or a shape differs.
+    """
+    own = {key: value for key, value in policy.state_dict().items() if not key.startswith("normalizer.")}
+    foreign, missing = sorted(set(state) - set(own)), sorted(set(own) - set(state))
+    if foreign:
+        raise DipoleError(f"{path}: foreign key '{foreign[0]}' ({len(foreign)} in all): weights of another network?")
+    if missing:
+        raise DipoleError(f"{path}: missing key '{missing[0]}' ({len(missing)} in all): weights of another network?")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise DipoleError(f"{path}: '{key}' has shape {list(value.shape)}, expected {list(own[key].shape)}")
+    policy.load_state_dict(state, strict=False)

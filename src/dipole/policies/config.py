@@ -135,6 +135,7 @@ class SamplerConfig:
         spacing: Spacing of the levels; None for the process's own default.
         eta: Amount of noise of `ddim`, `flow-sde` and `cps`; None for the kernel's own default.
         clip: Bound on the denoised action in normalised units, for kernels; None for none.
+        process: Sample in this process instead of the one the policy was trained in (see `ProcessView`).
     """
 
     name: SamplerName = "euler"
@@ -142,6 +143,7 @@ class SamplerConfig:
     spacing: Spacing | None = None
     eta: float | None = None
     clip: float | None = None
+    process: ProcessConfig | None = None
 
     def build(self) -> Kernel | Solver:
         """Return the kernel or solver."""

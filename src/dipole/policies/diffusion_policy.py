@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 
 from dipole import networks
 from dipole.data.normalizer import Normalizer
-from dipole.diffusion import NetworkDenoiser, sample
+from dipole.diffusion import Denoiser, NetworkDenoiser, sample
+from dipole.diffusion.process_view import ProcessView
 from dipole.diffusion.samplers import StepInfo, initial_noise
 from dipole.diffusion.tensors import Random, expand
 from dipole.errors import DipoleError
@@ -130,19 +131,22 @@ class DiffusionPolicy(nn.Module):
             generator: Source of randomness.
             **options: Passed to `sample`, e.g. `callback`.
         """
-        levels = self.sampler.levels(self.process)
+        denoiser: Denoiser = self.denoiser
+        process = self.process
+        if self.sampler.process is not None:
+            process = self.sampler.process.build()
+            denoiser = ProcessView(denoiser, self.process, process)
+        levels = self.sampler.levels(process)
         first = next(iter(cond.values()))
         shape = (first.shape[0], self.pred_horizon, self.action_dim)
         if noise is None:
-            init = initial_noise(self.process, levels, shape, generator, like=first)
+            init = initial_noise(process, levels, shape, generator, like=first)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
         else:
-            init = noise * expand(self.process.prior_std(levels[0]), noise).to(noise)
+            init = noise * expand(process.prior_std(levels[0]), noise).to(noise)
         kernel = self.sampler.build()
-        x0: Tensor = sample(
-            self.denoiser, self.process, levels, kernel, cond=cond, init=init, generator=generator, **options
-        )
+        x0: Tensor = sample(denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options)
         return x0
 
     @torch.no_grad()

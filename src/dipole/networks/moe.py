@@ -1,0 +1,303 @@
+"""Mixture of denoising experts: a causal transformer whose feed-forward experts are chosen by the noise level alone.
+
+Source: Reuss et al., "Efficient Diffusion Transformer Policies with Mixture of Expert Denoisers for Multitask Learning"
+(MoDE, 2024). Tokens are [noise, conditioning tokens, noisy actions]; with c the embedding of ln(sigma)/4, a block is
+
+    x <- x + Attention(RMSNorm(x) + c)                       queries and keys RMS-normalised per head
+    x <- x + sum_k p_k Expert_k(RMSNorm(x))                  p = router(c), renormalised over the k chosen experts
+    Expert(x) = W2 (u * silu(g)),  [u, g] = W1 x + b1        SwishGLU
+
+Routing does not look at the tokens, so all tokens of a row share their experts, and for a given list of levels the
+choice can be made once: `MoDE.prepare` fuses the chosen experts of each level into one (exactly, up to rounding), and
+the router is no longer run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from dipole.errors import DipoleError
+from dipole.networks.embedding import CondDims, cond_set
+from dipole.networks.expert_cache import ExpertCache, FusedExpert, PreparedMoDE
+from dipole.networks.gpt import CausalSelfAttention, init_normal, sigma_feature
+from dipole.networks.hooks import BlockHook, branch
+
+
+@dataclass(frozen=True)
+class MoDEConfig:
+    """Sizes and choices; the defaults are the paper's.
+
+    Attributes:
+        embed_dim: Width d.
+        num_layers: Transformer blocks.
+        num_heads: Attention heads.
+        num_experts: E, experts per block.
+        top_k: k, experts used at a time.
+        expert_ratio: Hidden size of an expert over d.
+        router: `mlp` (d -> 2d -> E with GELU, as published code) or `linear` (one matrix, as the paper writes it).
+        residual: `prenorm` (the paper: the branch is added to x) or `code` (the published code: to RMSNorm(x)).
+        attention_dropout: Dropout of attention weights.
+        residual_dropout: Dropout of the attention branch.
+        expert_dropout: Dropout of the experts' output.
+        cache_miss: What to do when a prepared network meets a level it was not prepared for: `warn` and route as
+            usual, or `raise`.
+    """
+
+    embed_dim: int = 1024
+    num_layers: int = 8
+    num_heads: int = 8
+    num_experts: int = 4
+    top_k: int = 2
+    expert_ratio: int = 4
+    router: Literal["mlp", "linear"] = "mlp"
+    residual: Literal["prenorm", "code"] = "prenorm"
+    attention_dropout: float = 0.3
+    residual_dropout: float = 0.1
+    expert_dropout: float = 0.1
+    cache_miss: Literal["warn", "raise"] = "warn"
+
+
+class Routing(NamedTuple):
+    """Which experts a batch uses in one block.
+
+    Attributes:
+        probabilities: `[B, E]` softmax over all experts.
+        selected: `[B, k]` indices of the chosen ones.
+        weights: `[B, k]` their probabilities, renormalised to sum to one.
+    """
+
+    probabilities: Tensor
+    selected: Tensor
+    weights: Tensor
+
+
+class Router(nn.Module):
+    """From the noise embedding to experts: drawn without replacement in training, the k most likely otherwise."""
+
+    def __init__(self, config: MoDEConfig) -> None:
+        super().__init__()
+        dim, experts = config.embed_dim, config.num_experts
+        self.top_k = config.top_k
+        if config.router == "mlp":
+            self.logits: nn.Module = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, experts))
+        else:
+            self.logits = nn.Linear(dim, experts, bias=False)
+
+    def forward(self, noise: Tensor, generator: Generator | None = None) -> Routing:
+        """Return the routing of rows with noise embedding `[B, C]`."""
+        probabilities = self.logits(noise).softmax(-1)
+        if self.training:
+            selected = torch.multinomial(probabilities.detach(), self.top_k, generator=generator)
+        else:
+            selected = probabilities.topk(self.top_k, dim=-1).indices
+        weights = probabilities.gather(-1, selected)
+        return Routing(probabilities, selected, weights / weights.sum(-1, keepdim=True))
+
+
+class Experts(nn.Module):
+    """E SwishGLU feed-forward networks, their weights stacked: W1 `[E, 2H, C]`, b1 `[E, 2H]`, W2 `[E, C, H]`."""
+
+    def __init__(self, config: MoDEConfig) -> None:
+        super().__init__()
+        dim, hidden, experts = config.embed_dim, config.expert_ratio * config.embed_dim, config.num_experts
+        self.w1 = nn.Parameter(torch.empty(experts, 2 * hidden, dim))
+        self.b1 = nn.Parameter(torch.zeros(experts, 2 * hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.dropout = nn.Dropout(config.expert_dropout)
+        nn.init.normal_(self.w1, std=0.02)
+        nn.init.normal_(self.w2, std=0.02)
+
+    def one(self, expert: int, x: Tensor) -> Tensor:
+        """Return the output of one expert, without dropout: `[..., C]`."""
+        return swish_glu(x, self.w1[expert], self.b1[expert], self.w2[expert])
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return `[B, N, C]`: each row through its experts, weighted."""
+        out = torch.zeros_like(x)
+        for expert in range(self.w1.shape[0]):
+            row, slot = (routing.selected == expert).nonzero(as_tuple=True)
+            if len(row):
+                weight = routing.weights[row, slot].unsqueeze(-1).unsqueeze(-1)
+                out = out.index_add(0, row, weight * self.one(expert, x[row]))
+        return self.dropout(out)
+
+    def fuse(self, selected: Tensor, weights: Tensor) -> FusedExpert:
+        """Return one expert equal to the weighted sum of the chosen ones (`selected`, `weights`: `[k]`).
+
+        The weights go into the linear half u, which makes the sum exact: p W2 (u * silu(g)) = W2 (p u * silu(g)).
+        """
+        u, g = self.w1[selected].chunk(2, dim=1)
+        bu, bg = self.b1[selected].chunk(2, dim=1)
+        w1 = torch.cat([(weights[:, None, None] * u).flatten(0, 1), g.flatten(0, 1)])
+        b1 = torch.cat([(weights[:, None] * bu).flatten(), bg.flatten()])
+        w2 = self.w2[selected].transpose(0, 1).flatten(1)
+        return FusedExpert(w1.contiguous(), b1.contiguous(), w2.contiguous())
+
+
+def swish_glu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
+    """Return W2 (u * silu(g)) with [u, g] = W1 x + b1."""
+    u, g = F.linear(x, w1, b1).chunk(2, dim=-1)
+    return F.linear(u * F.silu(g), w2)
+
+
+class MoEBlock(nn.Module):
+    """One block: noise-conditioned attention, then the experts; `name` names its branches for hooks."""
+
+    def __init__(self, config: MoDEConfig, name: str) -> None:
+        super().__init__()
+        self.branches = (f"{name}.attention", f"{name}.experts")
+        self.residual = config.residual
+        self.norm_attention = nn.RMSNorm(config.embed_dim)
+        self.attention = CausalSelfAttention(
+            config.embed_dim, config.num_heads, config.attention_dropout, config.residual_dropout, qk_norm=True
+        )
+        self.norm_experts = nn.RMSNorm(config.embed_dim)
+        self.router = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor, noise: Tensor, chosen: Routing | FusedExpert, hook: BlockHook | None = None) -> Tensor:
+        """Return `[B, N, C]`.
+
+        Args:
+            x: Tokens `[B, N, C]`.
+            noise: c, `[B or 1, C]`.
+            chosen: Routing of this batch, or one expert fused from it.
+            hook: Called for both residual branches.
+        """
+        x = x + branch(hook, self.branches[0], self._attend, x, noise)
+        normed = self.norm_experts(x)
+        base = x if self.residual == "prenorm" else normed
+        return base + branch(hook, self.branches[1], lambda tokens: self._feed(tokens, chosen), normed)
+
+    def _attend(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.attention(self.norm_attention(x) + noise.unsqueeze(1))
+
+    def _feed(self, x: Tensor, chosen: Routing | FusedExpert) -> Tensor:
+        return self.experts(x, chosen) if isinstance(chosen, Routing) else swish_glu(x, *chosen)
+
+
+class MoDE(nn.Module):
+    """`network(x, time, cond)` with experts chosen by noise level; one level per row.
+
+    Args:
+        config: Sizes and choices.
+        action_dim: D.
+        pred_horizon: Largest number of actions.
+        cond_dims: Tokens of the conditioning in order, e.g. `{"goal": (1, G), "obs": (2, C)}`.
+
+    Attributes:
+        branches: Names of the residual branches, in the order they are computed.
+    """
+
+    def __init__(self, config: MoDEConfig, action_dim: int, pred_horizon: int, cond_dims: CondDims) -> None:
+        super().__init__()
+        if not 1 <= config.top_k <= config.num_experts:
+            raise DipoleError(f"top_k={config.top_k} must be between 1 and num_experts={config.num_experts}")
+        dim = config.embed_dim
+        self.config = config
+        self.num_cond = sum(count for count, _ in cond_dims.values())
+        self.embed_noise = nn.Sequential(nn.Linear(1, dim), nn.Linear(dim, dim))
+        self.embed_cond = nn.ModuleDict({key: nn.Linear(size, dim) for key, (_, size) in cond_dims.items()})
+        self.embed_action = nn.Linear(action_dim, dim)
+        self.position = nn.Parameter(torch.empty(self.num_cond + pred_horizon, dim))
+        self.blocks = nn.ModuleList(MoEBlock(config, f"blocks.{i}") for i in range(config.num_layers))
+        self.branches = tuple(name for block in self.blocks for name in block.branches)
+        self.norm = nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, action_dim)
+        self.apply(init_normal)
+        nn.init.normal_(self.position, std=0.02)
+        self._cache: ExpertCache | None = None
+
+    def forward(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor], hook: BlockHook | None = None) -> Tensor:
+        """Return `[B, T, D]`.
+
+        Args:
+            x: Noisy actions `[B, T, D]`.
+            time: Network time `[B]`.
+            cond: The tokens named in `cond_dims`, each `[B, N, C]`.
+            hook: Called for every residual branch.
+        """
+        return self.route(x, time, cond, hook=hook)[0]
+
+    def route(
+        self,
+        x: Tensor,
+        time: Tensor,
+        cond: Mapping[str, Tensor],
+        generator: Generator | None = None,
+        hook: BlockHook | None = None,
+    ) -> tuple[Tensor, list[Routing]]:
+        """Return the output and every block's routing (for `load_balance`); `generator` draws experts in training."""
+        noise = self.noise_embedding(time)
+        routings = [block.router(noise, generator) for block in self.blocks]
+        return self.denoise(x, noise, cond, routings, hook), routings
+
+    def noise_embedding(self, time: Tensor) -> Tensor:
+        """Return c `[B, C]` for network times `[B]`."""
+        return self.embed_noise(sigma_feature(time))
+
+    def denoise(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        cond: Mapping[str, Tensor],
+        chosen: list[Routing] | list[FusedExpert],
+        hook: BlockHook | None = None,
+    ) -> Tensor:
+        """Return `[B, T, D]` with the experts of every block given; `noise` is c, `[B or 1, C]`."""
+        batch, length, _ = x.shape
+        parts = [embed(cond_set(cond, key)) for key, embed in self.embed_cond.items()]
+        tokens = torch.cat([*parts, self.embed_action(x)], dim=1)
+        tokens = tokens + self.position[: self.num_cond + length]
+        h = torch.cat([noise.unsqueeze(1).expand(batch, 1, -1), tokens], dim=1)
+        for block, experts in zip(self.blocks, chosen, strict=True):
+            h = block(h, noise, experts, hook)
+        return self.head(self.norm(h[:, -length:]))
+
+    def prepare(self, times: Tensor, cond: Mapping[str, Tensor] | None = None) -> MoDE | PreparedMoDE:
+        """Return the network with the experts of these levels fused; called by the sampler before its loop.
+
+        The fused experts are kept for the next call and made anew when any weight or the list of levels has changed
+        (see `ExpertCache`). In training mode, or where gradients of the weights are wanted, returns the network itself.
+
+        Args:
+            times: `[K]` network times that will be visited.
+            cond: Not used: routing depends on the level only.
+        """
+        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if self.training or wants_gradients or times.dim() != 1:
+            return self
+        if self._cache is None or not self._cache.serves(self, times):
+            self._cache = ExpertCache.build(self, times)
+        return PreparedMoDE(self, self._cache)
+
+    def clear_cache(self) -> None:
+        """Forget the fused experts; the next `prepare` makes them anew."""
+        self._cache = None
+
+
+def load_balance(routings: list[Routing], kind: Literal["full", "selected"] = "full") -> Tensor:
+    """Return the mean over blocks of  E sum_e (share of rows routed to e) (mean probability of e); k when uniform.
+
+    Args:
+        routings: From `MoDE.route`.
+        kind: `full`: the probability is the softmax over all experts (the paper); `selected`: the renormalised
+            probability of the chosen ones, 0 for the others (the published code).
+    """
+    losses = []
+    for routing in routings:
+        experts = routing.probabilities.shape[-1]
+        chosen = F.one_hot(routing.selected, experts).to(routing.weights.dtype)
+        share = chosen.sum(1).mean(0)
+        if kind == "full":
+            probability = routing.probabilities.mean(0)
+        else:
+            probability = (chosen * routing.weights.unsqueeze(-1)).sum(1).mean(0)
+        losses.append(experts * (share * probability).sum())
+    return torch.stack(losses).mean()

@@ -1,0 +1,129 @@
+"""Push-T (gym-pusht): push a T-shaped block onto its outline with a round finger.
+
+Source: Florence et al. 2021; Chi et al. 2023 (Diffusion Policy). The arena is 512 x 512 px, control runs at 10 Hz, an
+action is the target position of the finger in px. The reward of a step is min(1, coverage / 0.95), where coverage is the part
+of the outline that the block covers; an episode is judged by its largest reward and ends when coverage exceeds 0.95.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dipole.data import Feature
+from dipole.envs.spec import EnvSpec, Observation, Transition
+from dipole.errors import MissingExtraError
+
+TASKS = {
+    "pusht": "Push the T-shaped block onto the T-shaped outline.",
+    "pusht-image": "Push the T-shaped block onto the T-shaped outline.",
+}
+EXTRA = "envs"
+MAX_STEPS = 300
+FPS = 10.0
+
+_IMAGE = Feature("image", (96, 96, 3), ("height", "width", "channel"))
+_AGENT = Feature("float32", (2,), ("agent_x", "agent_y"))
+_KEYPOINTS = Feature("float32", (16,), tuple(f"{axis}{k}" for k in range(8) for axis in "xy"))
+# Corners of the T's bar and stem in the block's own frame (scale 30), in the order in which gym-pusht reports them.
+_CORNERS = np.array([(-60, 0), (60, 0), (60, 30), (-60, 30), (-15, 30), (15, 30), (15, 120), (-15, 120)], dtype=float)
+
+
+def keypoints(block_pose: np.ndarray) -> np.ndarray:
+    """Return the T's corners, `observation.environment_state` `[..., 16]`, for block poses (x, y, angle) `[..., 3]`."""
+    x, y, angle = np.moveaxis(np.asarray(block_pose, dtype=np.float64)[..., None], -2, 0)
+    cos, sin = np.cos(angle), np.sin(angle)
+    px, py = _CORNERS.T
+    points = np.stack([x + cos * px - sin * py, y + sin * px + cos * py], axis=-1)
+    return points.reshape(*points.shape[:-2], 16)
+
+
+def _gym_pusht() -> Any:
+    try:
+        from gym_pusht.envs.pusht import PushTEnv
+    except ImportError:
+        raise MissingExtraError("gym-pusht", EXTRA) from None
+    return PushTEnv
+
+
+class PushT:
+    """One Push-T environment.
+
+    Args:
+        name: `pusht` (agent position and the block's corners) or `pusht-image` (agent position and a 96 x 96 picture).
+        terminate_on_success: End the episode when coverage exceeds 0.95.
+    """
+
+    def __init__(self, name: str, terminate_on_success: bool = True) -> None:
+        self._images = name == "pusht-image"
+        self._terminate = terminate_on_success
+        kind = "pixels_agent_pos" if self._images else "environment_state_agent_pos"
+        self._env = _gym_pusht()(obs_type=kind, visualization_width=384, visualization_height=384)
+        scene = {"observation.image": _IMAGE} if self._images else {"observation.environment_state": _KEYPOINTS}
+        self.spec = EnvSpec(
+            name=name,
+            observation={"observation.state": _AGENT, **scene},
+            action=Feature("float32", (2,), ("target_x", "target_y")),
+            action_low=np.zeros(2, dtype=np.float32),
+            action_high=np.full(2, 512, dtype=np.float32),
+            max_steps=MAX_STEPS,
+            fps=FPS,
+            task=TASKS[name],
+            score="max_reward",
+        )
+
+    def _observe(self, raw: dict[str, np.ndarray]) -> Observation:
+        obs = {"observation.state": raw["agent_pos"].astype(np.float32)}
+        if self._images:
+            obs["observation.image"] = raw["pixels"]
+        else:
+            obs["observation.environment_state"] = raw["environment_state"].astype(np.float32)
+        return obs
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode of `seed`. gym-pusht builds a new physics space for each, so nothing is left over."""
+        self._env._last_action = None  # else the picture shows the last target of the previous episode
+        raw, _ = self._env.reset(seed=seed)
+        return self._observe(raw)
+
+    def set_state(self, state: np.ndarray) -> Observation:
+        """Put finger and block at rest at `state` (agent x, agent y, block x, block y, block angle) `[5]`.
+
+        gym-pusht's own `reset_to_state` sets the position before the angle. The block turns about its centre of mass,
+        not about the point that `position` names, so there it ends up to 90 px away from what was asked for.
+        """
+        env = self._env
+        env._setup()
+        env._last_action = None
+        env.agent.position = (float(state[0]), float(state[1]))
+        env.block.angle = float(state[4])
+        env.block.position = (float(state[2]), float(state[3]))
+        for body in (env.agent, env.block):
+            body.velocity, body.angular_velocity = (0.0, 0.0), 0.0
+            env.space.reindex_shapes_for_body(body)
+        return self._observe(env.get_obs())
+
+    def step(self, action: np.ndarray) -> Transition:
+        """Move the finger's target to `action` `[2]` px for a tenth of a second."""
+        raw, reward, reached, _, info = self._env.step(np.asarray(action, dtype=np.float64))
+        return Transition(
+            obs=self._observe(raw),
+            reward=float(reward),
+            terminated=bool(reached) and self._terminate,
+            success=bool(reached),
+            info={"coverage": float(info["coverage"]), "block_pose": info["block_pose"]},
+        )
+
+    def render(self) -> np.ndarray:
+        """Return a picture, uint8 `[384, 384, 3]`."""
+        return self._env.render()
+
+    def close(self) -> None:
+        """Free the environment."""
+        self._env.close()
+
+
+def build(name: str, **options: Any) -> PushT:
+    """Return one environment; `options` are those of `PushT`."""
+    return PushT(name, **options)

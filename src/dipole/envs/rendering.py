@@ -7,11 +7,13 @@ evaluation must both be rendered this way: every MuJoCo adapter does.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
 import subprocess
 import sys
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from dipole.errors import DipoleError, MissingExtraError
 
 PICTURE = 256  # side of the pictures of `render`, in px
-_HOW_TO_MEND = "install a software EGL (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri) and set MUJOCO_GL=egl"
+_HOW_TO_MEND = "install a software EGL (apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri), set MUJOCO_GL=egl"
 _PROBE = """
 from dipole.envs.rendering import import_mujoco
 mujoco = import_mujoco()
@@ -83,6 +85,16 @@ def fast_render(model: Any, width: int, height: int) -> None:
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
 
 
+# A context that is still open when the interpreter ends makes EGL complain on stderr.
+_OPEN: weakref.WeakSet[Camera] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_cameras() -> None:
+    for camera in list(_OPEN):
+        camera.close()
+
+
 class Camera:
     """Draws one MuJoCo model from one of its cameras, with `fast_render`'s settings.
 
@@ -98,6 +110,7 @@ class Camera:
     def __init__(self, model: Any, width: int, height: int, camera: str | int = -1) -> None:
         self._model, self._width, self._height, self._camera = model, width, height, camera
         self._renderer: Any = None
+        _OPEN.add(self)
 
     def picture(self, data: Any) -> np.ndarray:
         """Return a picture of the state in `data`, uint8 `[height, width, 3]`.

@@ -2,8 +2,8 @@
 
 Source: Yu et al. 2019; the package `metaworld` 3 (MuJoCo). The action is the gripper's displacement (three numbers in
 [-1, 1], 1 cm each) and the effort of the fingers; the observation stacks hand, fingers and objects of this and the
-previous step and ends with the goal. Objects and goal are drawn anew from the task's whole range for each seed (the benchmark's
-fifty fixed goals per task are a sample of it).
+previous step and ends with the goal. Objects and goal are drawn anew from the task's whole range for each seed (the
+benchmark's fifty fixed goals per task are a sample of it).
 """
 
 from __future__ import annotations
@@ -92,10 +92,15 @@ def _env_class(task: str) -> Any:
 
 
 def _copies(attributes: dict[str, Any]) -> dict[str, Any]:
-    """Return copies of `attributes`; arrays that are windows on MuJoCo's memory stay windows (some tasks rely on it)."""
+    """Return copies of `attributes`, except that windows on MuJoCo's memory stay windows: some tasks rely on it."""
     window = (k for k, v in attributes.items() if isinstance(v, np.ndarray) and not v.flags.owndata)
     kept = {k: attributes[k] for k in window}
     return {**copy.deepcopy({k: v for k, v in attributes.items() if k not in kept}), **kept}
+
+
+def _upright(picture: np.ndarray) -> np.ndarray:
+    """Return `picture` turned by half a turn: the camera hangs upside down."""
+    return np.ascontiguousarray(picture[::-1, ::-1])
 
 
 class MetaWorld:
@@ -162,7 +167,7 @@ class MetaWorld:
     def _observe(self, raw: np.ndarray) -> Observation:
         obs: Observation = {"observation.state": raw.astype(np.float32)}
         if self._camera is not None:
-            obs["observation.image"] = self._camera.picture(self._env.data)
+            obs["observation.image"] = _upright(self._camera.picture(self._env.data))
         return obs
 
     def step(self, action: np.ndarray) -> Transition:
@@ -175,7 +180,7 @@ class MetaWorld:
 
     def render(self) -> np.ndarray:
         """Return a picture, uint8 `[256, 256, 3]`."""
-        return self._picture.picture(self._env.data)
+        return _upright(self._picture.picture(self._env.data))
 
     def close(self) -> None:
         """Free graphics contexts and the simulation."""

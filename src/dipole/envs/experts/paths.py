@@ -48,7 +48,7 @@ def min_jerk(start: np.ndarray, goal: np.ndarray, num_steps: int) -> np.ndarray:
 def ornstein_uhlenbeck(
     rng: np.random.Generator, num_steps: int, size: int, std: float, decay: float = 0.8
 ) -> np.ndarray:
-    """Return noise `[num_steps, size]` of stationary standard deviation `std`, correlation `decay` from step to step."""
+    """Return noise `[num_steps, size]` of stationary standard deviation `std` and one-step correlation `decay`."""
     white = rng.standard_normal((num_steps, size)) * std
     noise = np.empty_like(white)
     noise[0] = white[0]

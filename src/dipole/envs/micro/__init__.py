@@ -1,4 +1,4 @@
-"""Micro environments: tasks in numpy that take microseconds a step, with demonstrators, for tests and small experiments."""
+"""Micro environments: tasks in numpy, microseconds a step, with demonstrators, for tests and small experiments."""
 
 from __future__ import annotations
 

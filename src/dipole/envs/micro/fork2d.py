@@ -1,9 +1,9 @@
 """Fork2D: go round a disc, left or right. The smallest task on which averaging two good answers is a crash.
 
-A point p in the plane starts at (U(-0.1, 0.1), -1). The action is a position target: p += clip(a - p, -0.12, 0.12). The goal
-is (0, 1), a disc of radius 0.3 stands at the origin. Success: within 0.1 of the goal in 60 steps without ever touching the
-disc; touching it ends the episode. Demonstrators take either side with probability 1/2, on a minimum-jerk path through
-(0.55 s, 0), s = +-1, with Ornstein-Uhlenbeck noise of 0.01.
+A point p in the plane starts at (U(-0.1, 0.1), -1). The action is a position target: p += clip(a - p, -0.12, 0.12).
+The goal is (0, 1), a disc of radius 0.3 stands at the origin. Success: within 0.1 of the goal in 60 steps without ever
+touching the disc; touching it ends the episode. Demonstrators take either side with probability 1/2, on a minimum-jerk
+path through (0.55 s, 0), s = +-1, with Ornstein-Uhlenbeck noise of 0.01.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Micro environments: small tasks in numpy, vectorised over rows, each written as pure functions of a state.
 
 A task draws everything random of an episode (start, goals, all process noise) when the episode starts, from its seed
-alone. A step is then a deterministic function of state and action, the same for a row whichever rows it is stepped with.
+alone. A step is then a deterministic function of state and action, the same whichever rows a row is stepped with.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ State = dict[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a step did to `n` rows: their next state, and reward, terminated and success `[n]` each; info `[n]` per key."""
+    """What a step did to `n` rows: their next state; reward, terminated and success `[n]`; info, `[n, ...]` per key."""
 
     state: State
     reward: np.ndarray
@@ -57,7 +57,7 @@ def micro_spec(
     fps: float = 10.0,
     score: Score = "success",
 ) -> EnvSpec:
-    """Return a spec of float32 vectors: component names per observation, action components and their symmetric bound."""
+    """Return a spec of float32 vectors, given component names per observation and the symmetric bound of the action."""
     high = np.broadcast_to(np.asarray(bound, dtype=np.float32), (len(action),)).copy()
     features = {key: Feature("float32", (len(parts),), parts) for key, parts in observation.items()}
     return EnvSpec(name, features, Feature("float32", (len(action),), action), -high, high, max_steps, fps, task, score)

@@ -13,7 +13,6 @@ import functools
 import os
 import subprocess
 import sys
-import weakref
 from types import ModuleType
 from typing import Any
 
@@ -85,16 +84,6 @@ def fast_render(model: Any, width: int, height: int) -> None:
     model.vis.global_.offwidth, model.vis.global_.offheight = width, height
 
 
-# A context that is still open when the interpreter ends makes EGL complain on stderr.
-_OPEN: weakref.WeakSet[Camera] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_cameras() -> None:
-    for camera in list(_OPEN):
-        camera.close()
-
-
 class Camera:
     """Draws one MuJoCo model from one of its cameras, with `fast_render`'s settings.
 
@@ -110,7 +99,6 @@ class Camera:
     def __init__(self, model: Any, width: int, height: int, camera: str | int = -1) -> None:
         self._model, self._width, self._height, self._camera = model, width, height, camera
         self._renderer: Any = None
-        _OPEN.add(self)
 
     def picture(self, data: Any) -> np.ndarray:
         """Return a picture of the state in `data`, uint8 `[height, width, 3]`.
@@ -127,11 +115,14 @@ class Camera:
                 raise DipoleError(
                     f"cannot render ({str(error).strip() or type(error).__name__}): {_HOW_TO_MEND}"
                 ) from None
+            # A context still open when MuJoCo shuts EGL down makes noise; later registered means earlier called.
+            atexit.register(self.close)
         self._renderer.update_scene(data, camera=self._camera)
         return self._renderer.render().copy()
 
     def close(self) -> None:
         """Free the graphics context. May be called twice."""
         if self._renderer is not None:
+            atexit.unregister(self.close)
             self._renderer.close()
             self._renderer = None

@@ -1,8 +1,9 @@
 """Push-T (gym-pusht): push a T-shaped block onto its outline with a round finger.
 
-Source: Florence et al. 2021; Chi et al. 2023 (Diffusion Policy). The arena is 512 x 512 px, control runs at 10 Hz, an
-action is the target position of the finger in px. The reward of a step is min(1, coverage / 0.95), where coverage is the
-part of the outline that the block covers; an episode is judged by its largest reward and ends when coverage exceeds 0.95.
+Source: Florence et al. 2021; Chi et al. 2023 (Diffusion Policy). The arena is 512 x 512 px, control runs at 10 Hz,
+an action is the target position of the finger in px. The reward of a step is min(1, coverage / 0.95), where coverage is
+the part of the outline that the block covers; an episode is judged by its largest reward and ends when coverage exceeds
+0.95.
 """
 
 from __future__ import annotations

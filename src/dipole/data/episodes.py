@@ -150,7 +150,7 @@ class Episodes:
         return self.features[key]
 
     def stats(self) -> Stats:
-        """Return `min, max, mean, std, q01, q99, count` per feature; texts are left out.
+        """Return `min, max, mean, std, q01, q10, q50, q90, q99, count` per feature; texts are left out.
 
         Numbers: shape of the feature, float64. Images: per channel on [0, 1], shape `(C, 1, 1)`, from a subset of
         frames, as LeRobot does. See `dipole.data.statistics`.

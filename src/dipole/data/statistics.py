@@ -15,13 +15,13 @@ from dipole.data.features import Feature
 from dipole.errors import DipoleError
 
 CHUNK_BYTES = 64 * 2**20
-QUANTILES = {"q01": 0.01, "q99": 0.99}
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 _QUANTILE_FRAMES = 1_000_000
 _LEVELS = np.arange(256) / 255.0
 
 
 def column_stats(column: np.ndarray, feature: Feature, key: str) -> dict[str, np.ndarray]:
-    """Return `min, max, mean, std, q01, q99, count` of a column.
+    """Return `min, max, mean, std, q01, q10, q50, q90, q99, count` of a column.
 
     Args:
         column: `[N, *feature.shape]`.

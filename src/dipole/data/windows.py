@@ -11,6 +11,7 @@ overlapping view: one copy of Tp*D numbers per window, with no index arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Windows:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Compute the padded positions: `_frame_at` [P], `_pad_at` [P], and the first position of every window."""
+        """Compute the padded positions: `_frame_at` [P], and the first position of every window."""
         lengths, starts = self.episodes.lengths, self.episodes.starts
         before = self.obs_horizon - 1
         ahead = self.pred_horizon - self.obs_horizon
@@ -75,24 +76,20 @@ class Windows:
         offset = np.arange(padded.sum()) - np.repeat(np.cumsum(padded) - padded, padded) - before
         inside = np.clip(offset, 0, lengths[episode] - 1)
         self._frame_at = starts[episode] + inside
-        self._pad_at = inside != offset
         window_episode = np.repeat(np.arange(len(lengths)), count)
         now = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
         self.frames = starts[window_episode] + now
         self._position = (np.cumsum(padded) - padded)[window_episode] + now
-        self._pads = _runs(self._pad_at[:, None], self.pred_horizon)
-        horizons = dict.fromkeys(self.obs_keys, self.obs_horizon)
-        self._gather = {key: self._source(key, horizon) for key, horizon in horizons.items()}
+        pads = inside != offset
+        self._pads = _Source(_runs(pads, self.pred_horizon), None, pads.dtype, (self.pred_horizon,))
+        self._sources = {key: self._source(key, self.obs_horizon) for key in self.obs_keys}
         self._actions = self._source(self.action_key, self.pred_horizon)
 
-    def _source(self, key: str, horizon: int) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
-        """Return (runs over positions, None, shape), or (runs of frame numbers, the column, shape) for large rows."""
+    def _source(self, key: str, horizon: int) -> _Source:
         column = self.episodes.columns[key]
-        shape = (horizon, *column.shape[1:])
         if column[:1].nbytes <= _SMALL_ROW_BYTES:
-            laid_out = column[self._frame_at].reshape(len(self._frame_at), -1)
-            return _runs(laid_out, horizon), None, shape
-        return _runs(self._frame_at[:, None], horizon), column, shape
+            return _Source(_runs(column[self._frame_at], horizon), None, column.dtype, (horizon, *column.shape[1:]))
+        return _Source(_runs(self._frame_at, horizon), column, self._frame_at.dtype, (horizon,))
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -108,27 +105,41 @@ class Windows:
             where the action repeats an episode's edge. All are copies.
         """
         position = self._position[indices]
-        batch = {key: _gather(source, position) for key, source in self._gather.items()}
-        batch["action"] = _gather(self._actions, position)
-        batch["action_is_pad"] = self._pads[position]
+        batch = {key: source.gather(position) for key, source in self._sources.items()}
+        batch["action"] = self._actions.gather(position)
+        batch["action_is_pad"] = self._pads.gather(position)
         return batch
 
 
+class _Source(NamedTuple):
+    """Where the windows of one key come from.
+
+    Attributes:
+        runs: `_runs` of the values, or of frame numbers for large rows.
+        column: What the frame numbers point to; None when `runs` holds the values.
+        dtype: Type of an element of a run.
+        shape: Shape of a run.
+    """
+
+    runs: np.ndarray
+    column: np.ndarray | None
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def gather(self, position: np.ndarray) -> np.ndarray:
+        """Return the runs that start at `position` [B]: `[B, horizon, *shape]`."""
+        taken = self.runs[position].view(self.dtype).reshape(len(position), *self.shape)
+        return taken if self.column is None else self.column.take(taken, axis=0)
+
+
 def _runs(rows: np.ndarray, length: int) -> np.ndarray:
-    """Return the overlapping view `[P - length + 1, length * D]` of `rows` [P, D]: run p is rows p..p+length-1."""
+    """Return the overlapping runs of `length` rows of `rows` [P, ...], `[P - length + 1]`, one opaque element each.
+
+    A gather of opaque elements is one memory copy per run: five times as fast as numpy's gather of a strided view.
+    """
     rows = np.ascontiguousarray(rows)
-    width = rows.shape[1]
-    step = rows.strides[0]
-    shape = (len(rows) - length + 1, length * width)
-    return np.lib.stride_tricks.as_strided(rows, shape, (step, rows.itemsize), writeable=False)
-
-
-def _gather(source: tuple[np.ndarray, np.ndarray | None, tuple[int, ...]], position: np.ndarray) -> np.ndarray:
-    runs, column, shape = source
-    taken = runs[position]
-    if column is not None:
-        taken = column[taken]
-    return taken.reshape(len(position), *shape)
+    row_bytes = rows.strides[0]
+    return np.ndarray((len(rows) - length + 1,), np.dtype(f"V{length * row_bytes}"), rows, strides=(row_bytes,))
 
 
 def split_episodes(num_episodes: int, validation: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

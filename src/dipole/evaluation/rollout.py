@@ -101,7 +101,7 @@ class _Runner:
         self.finished: dict[int, Episode] = {}
         self.notes: list[str] = []
         self.history: dict[str, np.ndarray] = {}
-        self.keys = _observation_keys(policy, env)
+        self.keys = observation_keys(policy, env)
         self.state = policy.initial_state(env.num_envs)
 
     def run(self) -> list[Episode]:
@@ -212,7 +212,7 @@ class _Runner:
             self.progress(episode)
 
 
-def _observation_keys(policy: Policy, env: VectorEnv) -> list[str]:
+def observation_keys(policy: Policy, env: VectorEnv) -> list[str]:
     """Return the features to hand to the policy: those it was configured with, else all of the environment's."""
     config = getattr(policy, "config", None)
     wanted = getattr(config, "observation", None) or env.spec.observation

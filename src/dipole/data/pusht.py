@@ -48,7 +48,7 @@ def block_corners(pose: np.ndarray) -> np.ndarray:
 
 
 def is_pusht(columns: dict[str, np.ndarray]) -> bool:
-    """Whether the columns are those of a published Push-T set: `state` [N, 5], `keypoint` [N, 9, 2], `action` [N, 2]."""
+    """Whether the columns are a published Push-T set: `state` [N, 5], `keypoint` [N, 9, 2], `action` [N, 2]."""
     wanted = {"state": (5,), "keypoint": (9, 2), "action": (2,)}
     return all(key in columns and columns[key].shape[1:] == shape for key, shape in wanted.items())
 

@@ -1,23 +1,24 @@
 """Denoisers: `D(x, t, cond) -> x0_hat`, the one interface samplers, guidance and composition speak.
 
-A network becomes a denoiser with `NetworkDenoiser`; guidance and composition are functions from denoisers to a denoiser.
+A network becomes a denoiser with `NetworkDenoiser`; guidance and composition turn denoisers into a denoiser.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dipole.diffusion.prediction import PredictionType, conversion, float_conversion, to_x0
-from dipole.diffusion.process import Process
-from dipole.diffusion.tensors import Level, Sample, expand, rows
+from dipole.diffusion.process import Flow, LevelLike, Process
+from dipole.diffusion.tensors import Level, Sample, constant, expand, rows, scaled, weighted_sum
 
 Processes = Process | Mapping[str, Process]
+Clock = Literal["noise_at_one", "data_at_one"]
 
 
 class Denoiser(Protocol):
@@ -35,7 +36,10 @@ class Denoiser(Protocol):
 
 
 def prepare(denoiser: Denoiser, levels: Level, cond: Any) -> Denoiser:
-    """Return the denoiser made ready for these levels and this conditioning, or itself if it has nothing to prepare."""
+    """Return the denoiser made ready for these levels and this conditioning, or itself if it has nothing to prepare.
+
+    What comes back is called with this very conditioning only. A wrapper of denoisers passes the call on.
+    """
     ready: Callable[[Level, Any], Denoiser] | None = getattr(denoiser, "prepare", None)
     return denoiser if ready is None else ready(levels, cond)
 
@@ -46,7 +50,8 @@ class NetworkDenoiser:
 
     Attributes:
         network: `network(x, time, cond) -> output`, with `x` `[B, ...]` scaled by the prediction's c_in, and `time`
-            `[B]` or `[B, T]` from `process.network_time`. With parts, all three and the output are dicts.
+            `[B]` or `[B, T]` from `process.network_time`, float32 even where `x` is half precision (levels up to 1000
+            need it). With parts, x, time and the output are dicts.
         process: Its process (with parts: one for all, or one per part).
         prediction_type: What the output means.
         sigma_data: For `edm`.
@@ -58,23 +63,42 @@ class NetworkDenoiser:
     process: Processes
     prediction_type: PredictionType = "epsilon"
     sigma_data: float = 0.5
-    clock: Literal["noise_at_one", "data_at_one"] = "noise_at_one"
+    clock: Clock = "noise_at_one"
+
+    def __post_init__(self) -> None:
+        if self.clock == "data_at_one" and not isinstance(self.process, Mapping | Flow):
+            raise ValueError(f"clock 'data_at_one' is for Flow processes, not {self.process}")
 
     def __call__(self, x: Any, t: Any, cond: Any = None) -> Any:
         """Return x0_hat, shaped as `x`."""
-        if isinstance(x, Mapping):
+        if not isinstance(x, Tensor):
             return self._parts(x, t, cond)
         process = self._process()
-        output = self.network(self._scaled(x, t, process), self._time(x, t, process), cond)
-        return self._x0(output, x, t, process)
+        if isinstance(t, Tensor):
+            time = network_time(rows(t, x), process, x.dtype, self.clock)
+            return self._x0(self.network(self._scaled(x, t, process), time, cond), x, t, process)
+        at = self._shared_level(x, t, process)
+        output = self.network(x if at.c_in == 1.0 else scaled(x, at.c_in), at.time, cond)
+        if self.prediction_type == "x0" or output.dtype is not x.dtype:
+            return self._x0(output, x, t, process)
+        return weighted_sum(at.c_x, x, at.c_out, output)
 
     def prepare(self, levels: Level, cond: Any) -> Denoiser:
-        """Let the network prepare for these levels, told in its own time, if it can; else return self."""
+        """Let the network prepare for these levels, told as its times (float64), if it can; else return self."""
         ready = getattr(self.network, "prepare", None)
-        if ready is None or not isinstance(levels, Tensor):
+        if ready is None:
             return self
-        times = self._times(levels[:-1], self._process())
-        return NetworkDenoiser(ready(times, cond), self.process, self.prediction_type, self.sigma_data, self.clock)
+        times: Any
+        if isinstance(levels, Mapping):
+            times = {key: self._visited(part, key) for key, part in levels.items()}
+        elif isinstance(self.process, Mapping):
+            times = {key: self._visited(levels, key) for key in self.process}
+        else:
+            times = self._visited(levels)
+        return replace(self, network=ready(times, cond))
+
+    def _visited(self, levels: Tensor, part: str | None = None) -> Tensor:
+        return network_time(levels[:-1], self._process(part), torch.float64, self.clock)
 
     def _process(self, part: str | None = None) -> Process:
         if isinstance(self.process, Mapping):
@@ -93,31 +117,65 @@ class NetworkDenoiser:
         )
         return {key: self._x0(output[key], x[key], level[key], process[key]) for key in x}
 
+    def _shared_level(self, x: Tensor, t: Any, process: Process) -> _SharedLevel:
+        return _shared_level(
+            process, self.prediction_type, self.sigma_data, self.clock, float(t), x.shape[0], x.dtype, x.device
+        )
+
     def _scaled(self, x: Tensor, t: Any, process: Process) -> Tensor:
         if self.prediction_type != "edm":
             return x
         if not isinstance(t, Tensor):
-            return x * float_conversion(self.prediction_type, process, float(t), self.sigma_data).c_in
-        return x * expand(conversion(self.prediction_type, process, t, self.sigma_data).c_in, x).to(x.dtype)
-
-    def _times(self, t: Tensor | float, process: Process) -> Tensor:
-        if self.clock == "data_at_one":
-            t = 1 - t
-        return process.network_time(t)
+            return scaled(x, float_conversion(self.prediction_type, process, float(t), self.sigma_data).c_in)
+        return x * expand(conversion(self.prediction_type, process, t, self.sigma_data).c_in, x).to(x)
 
     def _time(self, x: Tensor, t: Any, process: Process) -> Tensor:
         if not isinstance(t, Tensor):
-            return _time_rows(process, float(t), self.clock, x.shape[0], x.dtype, x.device)
-        return self._times(rows(t, x), process).to(x.dtype)
+            return self._shared_level(x, t, process).time
+        return network_time(rows(t, x), process, x.dtype, self.clock)
 
     def _x0(self, output: Tensor, x: Tensor, t: Any, process: Process) -> Tensor:
-        if self.clock == "data_at_one":
-            output = -output
-        return to_x0(output, x, t, process, self.prediction_type, self.sigma_data)
+        return to_x0(
+            to_our_clock(output, self.prediction_type, self.clock), x, t, process, self.prediction_type, self.sigma_data
+        )
+
+
+def network_time(
+    t: LevelLike, process: Process, dtype: torch.dtype = torch.float32, clock: Clock = "noise_at_one"
+) -> Tensor:
+    """Return what a network is told about level `t`, shaped as it; float32 or, for float64 samples, float64."""
+    time = process.network_time(1 - t if clock == "data_at_one" else t)
+    return time.to(torch.promote_types(dtype, torch.float32))
+
+
+def to_our_clock(output: Tensor, prediction_type: PredictionType, clock: Clock) -> Tensor:
+    """Return a network's output in the convention of this library: with t = 1 at the data, velocity is x0 - eps."""
+    return -output if clock == "data_at_one" and prediction_type == "velocity" else output
+
+
+class _SharedLevel(NamedTuple):
+    """What a call at one level for all rows needs: `[B]` network times and the coefficients of the conversion to x0."""
+
+    time: Tensor
+    c_in: float
+    c_x: Tensor
+    c_out: Tensor
 
 
 @lru_cache(maxsize=4096)
-def _time_rows(process: Process, t: float, clock: str, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return `[B]` network times for one level, remembered: samplers visit the same few levels again and again."""
-    time = process.network_time(1 - t if clock == "data_at_one" else t)
-    return time.to(dtype=dtype, device=device).expand(batch)
+def _shared_level(
+    process: Process,
+    prediction_type: PredictionType,
+    sigma_data: float,
+    clock: Clock,
+    t: float,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _SharedLevel:
+    """Return the constants of a level, remembered: samplers visit the same few levels again and again."""
+    number = float_conversion(prediction_type, process, t, sigma_data)
+    sign = -1.0 if clock == "data_at_one" and prediction_type == "velocity" else 1.0
+    with torch.inference_mode(False):
+        time = network_time(t, process, dtype, clock).to(device).expand(batch)
+    return _SharedLevel(time, number.c_in, constant(number.c_x, dtype), constant(sign * number.c_out, dtype))

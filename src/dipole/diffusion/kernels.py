@@ -6,86 +6,43 @@ Every kernel is linear in the current sample and the denoised one,
 
 with coefficients that depend on the two levels alone. `x0_hat` comes from the denoiser unclipped; `clip` bounds it
 where the published samplers do. Where s == t a sample stays as it is (pinned parts, finished positions).
+Coefficients are computed in float64 and remembered for levels that are plain numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dipole.diffusion.normal import Normal, Reduce, log_prob
 from dipole.diffusion.process import Flow, LevelLike, Process
-from dipole.diffusion.tensors import Random, expand, map_parts, randn
+from dipole.diffusion.process.base import as_level
+from dipole.diffusion.tensors import expand, map_parts, scaled, weighted_sum
 
-Reduce = Literal["sum", "mean", "none"]
-
-
-@dataclass(frozen=True)
-class Normal:
-    """The distribution of the next sample: independent normals.
-
-    Attributes:
-        mean: `[B, ...]`.
-        std: A number, or a tensor that broadcasts against `mean`; 0 where the step is deterministic.
-    """
-
-    mean: Tensor
-    std: Tensor | float
-
-    @property
-    def deterministic(self) -> bool:
-        """Whether the standard deviation is 0 everywhere."""
-        if isinstance(self.std, Tensor):
-            return not bool((self.std > 0).any())
-        return self.std <= 0
-
-    def sample(self, generator: Random = None, noise: Tensor | None = None) -> Tensor:
-        """Return mean + std * noise, shaped as `mean`. No noise is drawn when the step is deterministic."""
-        if self.deterministic:
-            return self.mean
-        if noise is None:
-            noise = randn(tuple(self.mean.shape), generator, like=self.mean)
-        if not isinstance(self.std, Tensor):
-            return torch.add(self.mean, noise, alpha=self.std)
-        return self.mean + self.std * noise
-
-    def log_prob(self, value: Tensor, reduce: Reduce, mask: Tensor | None = None) -> Tensor:
-        """Return the log-density of `value`.
-
-        Args:
-            value: `[B, ...]`, shaped as `mean`.
-            reduce: `sum` or `mean` over everything but the batch (`[B]`), or `none` (shaped as `mean`). Clip ranges
-                of policy-gradient objectives differ by the number of dimensions between the two, so there is no default.
-            mask: Entries that count, broadcastable to `mean`; the others (pinned parts, finished positions) give 0.
-
-        Raises:
-            ValueError: The step is deterministic at an entry that counts, so that it has no density.
-        """
-        std = torch.as_tensor(self.std, dtype=self.mean.dtype, device=self.mean.device).expand_as(self.mean)
-        counts = torch.ones_like(self.mean, dtype=torch.bool) if mask is None else mask.expand_as(self.mean).bool()
-        if bool(((std <= 0) & counts).any()):
-            raise ValueError(
-                "this denoising step is deterministic (std 0), it has no log-probability: sample with a stochastic "
-                "kernel (DDPM, DDIM with eta > 0, FlowSDE, CPS), or leave the last step out of the score"
-            )
-        safe = torch.where(counts, std, torch.ones_like(std))
-        log_prob = -0.5 * ((value - self.mean) / safe) ** 2 - torch.log(safe) - 0.5 * math.log(2 * math.pi)
-        log_prob = torch.where(counts, log_prob, torch.zeros_like(log_prob))
-        if reduce == "none":
-            return log_prob
-        if reduce == "sum":
-            return log_prob.flatten(1).sum(1)
-        if reduce == "mean":
-            return log_prob.flatten(1).sum(1) / counts.flatten(1).sum(1).clamp(min=1)
-        raise ValueError(f"unknown reduce '{reduce}': sum, mean or none")
+__all__ = [
+    "CPS",
+    "DDIM",
+    "DDPM",
+    "Coefficients",
+    "ConsistencyRenoise",
+    "FlowSDE",
+    "Kernel",
+    "Normal",
+    "Reduce",
+    "check_steps",
+    "coefficient_table",
+    "log_prob",
+]
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one step, shaped as the level (float64 tensors), or plain numbers."""
+    """Coefficients of one step, shaped as the level (float64 tensors), or plain numbers. `raw` is 0 without a clip."""
 
     x: Any
     x0: Any
@@ -109,7 +66,7 @@ def _ancestral_std(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kernel:
+class Kernel(ABC):
     """Base of all kernels: subclasses give the coefficients; the step itself is written once, here.
 
     Attributes:
@@ -118,33 +75,33 @@ class Kernel:
 
     clip: float | None = None
 
-    def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
-        raise TypeError(f"{type(self).__name__} is abstract: use DDPM, DDIM, FlowSDE, CPS or ConsistencyRenoise")
+    @property
+    def rises(self) -> bool:
+        """Whether the kernel also goes from a level to a noisier one (DDIM inversion, renoising)."""
+        return False
+
+    @abstractmethod
+    def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients: ...
 
     def coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
         """Return the coefficients of the step from level `t` to `s`, shaped as those, float64."""
-        t, s = torch.as_tensor(t), torch.as_tensor(s)
-        stay = t == s
+        t, s = as_level(t), as_level(s)
         value = self._coefficients(process, t, s)
+        if self.clip is None:
+            value = value._replace(x0=value.x0 + value.raw, raw=torch.zeros_like(value.raw))
         identity = (1.0, 0.0, 0.0, 0.0)
         # At s == t == clean the formulas divide 0 by 0; `where` discards those entries.
-        return Coefficients(*(torch.where(stay, i, c.double()) for i, c in zip(identity, value, strict=True)))
+        return Coefficients(*(torch.where(t == s, i, c) for i, c in zip(identity, value, strict=True)))
 
     def combine(self, x: Tensor, x0_hat: Tensor, c: Coefficients) -> Normal:
         """Return the Normal of the next sample from coefficients that are numbers or already broadcast against `x`."""
-        raw = c.raw
         if self.clip is None:
-            pulled, raw, c_x0 = x0_hat, None, c.x0 + c.raw
-        else:
-            pulled, c_x0 = x0_hat.clamp(-self.clip, self.clip), c.x0
-            raw = raw if isinstance(raw, Tensor) or raw else None
-        if isinstance(c.x, Tensor):
-            mean = c.x * x + c_x0 * pulled
-            mean = mean if raw is None else mean + raw * x0_hat
-        else:
-            mean = torch.add(x * c.x, pulled, alpha=c_x0)
-            mean = mean if raw is None else mean.add_(x0_hat, alpha=raw)
-        return Normal(mean, c.std)
+            return Normal(weighted_sum(c.x, x, c.x0, x0_hat), c.std)
+        mean = weighted_sum(c.x, x, c.x0, x0_hat.clamp(-self.clip, self.clip))
+        return Normal(mean + scaled(x0_hat, c.raw) if self._uses_raw(c) else mean, c.std)
+
+    def _uses_raw(self, c: Coefficients) -> bool:
+        return isinstance(c.raw, Tensor) or c.raw != 0
 
     def step(self, x: Any, x0_hat: Any, t: Any, s: Any, process: Any) -> Any:
         """Return the distribution of the sample at level `s` given `x` at level `t`.
@@ -162,8 +119,31 @@ class Kernel:
         return map_parts(self._step, x, x0_hat, t, s, process)
 
     def _step(self, x: Tensor, x0_hat: Tensor, t: LevelLike, s: LevelLike, process: Process) -> Normal:
-        value = self.coefficients(process, t, s)
-        return self.combine(x, x0_hat, Coefficients(*(expand(c, x).to(x) for c in value)))
+        if isinstance(t, Tensor) or isinstance(s, Tensor):
+            value = self.coefficients(process, t, s)
+            return self.combine(x, x0_hat, Coefficients(*(expand(c, x).to(x) for c in value)))
+        return self.combine(x, x0_hat, coefficient_table(self, process, (float(t), float(s)))[0])
+
+
+@lru_cache(maxsize=1024)
+def coefficient_table(kernel: Kernel, process: Process, levels: tuple[float, ...]) -> tuple[Coefficients, ...]:
+    """Return the coefficients of every step along a list of levels, as numbers, remembered.
+
+    Raises:
+        ValueError: The kernel cannot make one of the steps.
+    """
+    visited = torch.tensor(levels, dtype=torch.float64)
+    value = kernel.coefficients(process, visited[:-1], visited[1:])
+    check_steps(kernel, visited, value)
+    return tuple(Coefficients(*row) for row in torch.stack(list(value)).T.tolist())
+
+
+def check_steps(kernel: Kernel, levels: Tensor, value: Coefficients) -> None:
+    """Raise ValueError when `kernel` cannot make a step along `levels` `[K+1, ...]` (coefficients `[K, ...]`)."""
+    if not kernel.rises and bool((levels[1:] > levels[:-1]).any()):
+        raise ValueError(f"{kernel} cannot go to a noisier level: levels must not increase")
+    if not bool(torch.isfinite(torch.stack(list(value))).all()):
+        raise ValueError(f"{kernel} cannot make every step of these levels: it would divide by 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +183,11 @@ class DDIM(Kernel):
     eta: float = 0.0
     epsilon_from: Literal["raw", "clipped"] = "raw"
 
+    @property
+    def rises(self) -> bool:
+        """Whether eta is 0: then a rising list of levels is DDIM inversion."""
+        return self.eta == 0
+
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
         alpha, sigma, alpha_s, sigma_s = _levels(process, t, s)
         std = self.eta * _ancestral_std(alpha, sigma, alpha_s, sigma_s)
@@ -232,7 +217,7 @@ class FlowSDE(Kernel):
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
         if not isinstance(process, Flow):
             raise ValueError(f"FlowSDE needs a Flow process, not {type(process).__name__}: use DDIM(eta) or CPS there")
-        t, s = torch.as_tensor(t).double(), torch.as_tensor(s).double()
+        t, s = as_level(t), as_level(s)
         dt = s - t
         if self.noise == "sqrt":
             diffusion = self.eta * torch.sqrt(t / (1 - torch.where(t >= 1, s, t)))
@@ -257,6 +242,11 @@ class CPS(Kernel):
 
     eta: float = 0.7
 
+    @property
+    def rises(self) -> bool:
+        """True."""
+        return True
+
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
         alpha, sigma, alpha_s, sigma_s = _levels(process, t, s)
         std = sigma_s * math.sin(self.eta * math.pi / 2)
@@ -267,16 +257,12 @@ class CPS(Kernel):
 class ConsistencyRenoise(Kernel):
     """Multistep consistency sampling: jump to x0_hat, then renoise to level s (Song et al. 2023, algorithm 1)."""
 
+    @property
+    def rises(self) -> bool:
+        """True."""
+        return True
+
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
         alpha_s, sigma_s = process.alpha(s), process.sigma(s)
         zero = torch.zeros_like(alpha_s)
         return Coefficients(zero, alpha_s, zero, sigma_s)
-
-
-def log_prob(dist: Normal | Mapping[str, Normal], value: Any, reduce: Reduce) -> Tensor:
-    """Return the log-density of a step: that of a Normal, or the sum over parts of each one's (`reduce` within a part)."""
-    if isinstance(dist, Normal):
-        return dist.log_prob(value, reduce)
-    if reduce == "none":
-        raise ValueError("reduce='none' has no meaning over parts of different shapes: use sum or mean")
-    return torch.stack([part.log_prob(value[key], reduce) for key, part in dist.items()]).sum(0)

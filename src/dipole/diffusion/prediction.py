@@ -13,6 +13,7 @@ For a process x = alpha x0 + sigma eps every one of them is  x0 = c_x x + c_out 
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dipole.diffusion.process import LevelLike, Process
-from dipole.diffusion.tensors import expand
+from dipole.diffusion.tensors import expand, weighted_sum
 
 PredictionType = Literal["x0", "epsilon", "v", "velocity", "edm"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -74,53 +75,79 @@ class FloatConversion(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def float_conversion(prediction_type: PredictionType, process: Process, t: float, sigma_data: float) -> FloatConversion:
-    """Return `conversion` at one level as numbers, remembered."""
-    return FloatConversion(*(float(c) for c in conversion(prediction_type, process, t, sigma_data)))
+    """Return `conversion` at one level as numbers, remembered.
+
+    Raises:
+        ValueError: The output does not determine x0 at this level (epsilon where there is no signal).
+    """
+    value = FloatConversion(*(float(c) for c in conversion(prediction_type, process, t, sigma_data)))
+    if not all(map(math.isfinite, value)):
+        raise ValueError(f"prediction_type '{prediction_type}' does not determine x0 at level {t:g} of {process}")
+    return value
 
 
 def to_x0(
     output: Tensor, x: Tensor, t: LevelLike, process: Process, prediction_type: PredictionType, sigma_data: float = 0.5
 ) -> Tensor:
     """Return x0 from a network output: `output`, `x`: `[B, ...]`; `t`: number, `[B]` or `[B, T]`."""
+    if output.dtype is not x.dtype:  # a network under autocast answers in half precision
+        output = output.to(x.dtype)
+    if prediction_type == "x0":
+        return output
     if not isinstance(t, Tensor):
         number = float_conversion(prediction_type, process, float(t), sigma_data)
-        return torch.add(x * number.c_x, output, alpha=number.c_out)
-    _, c_x, c_out = (expand(c, x).to(x.dtype) for c in conversion(prediction_type, process, t, sigma_data))
-    return c_x * x + c_out * output
+        return weighted_sum(number.c_x, x, number.c_out, output)
+    _, c_x, c_out = (expand(c, x).to(x) for c in conversion(prediction_type, process, t, sigma_data))
+    return weighted_sum(c_x, x, c_out, output)
+
+
+def to_output(
+    x0: Tensor, x: Tensor, t: LevelLike, process: Process, prediction_type: PredictionType, sigma_data: float = 0.5
+) -> Tensor:
+    """Return the network output that means `x0`: the inverse of `to_x0`. Undefined where the output has no effect."""
+    _, c_x, c_out = (expand(c, x).to(x) for c in conversion(prediction_type, process, t, sigma_data))
+    return (x0 - c_x * x) / c_out
 
 
 def to_epsilon(x0: Tensor, x: Tensor, t: LevelLike, process: Process) -> Tensor:
     """Return the noise implied by `x0`: eps = (x - alpha x0) / sigma. Undefined at the clean level."""
-    alpha = expand(process.alpha(t), x).to(x.dtype)
-    sigma = expand(process.sigma(t), x).to(x.dtype)
+    alpha, sigma = _coefficients(process, t, x)
     return (x - alpha * x0) / sigma
 
 
 def to_score(x0: Tensor, x: Tensor, t: LevelLike, process: Process) -> Tensor:
     """Return the score implied by `x0`: -eps / sigma = (alpha x0 - x) / sigma^2."""
-    return -to_epsilon(x0, x, t, process) / expand(process.sigma(t), x).to(x.dtype)
+    alpha, sigma = _coefficients(process, t, x)
+    return (alpha * x0 - x) / sigma**2
 
 
 def target(
-    x0: Tensor, epsilon: Tensor, t: Tensor, process: Process, prediction_type: PredictionType, sigma_data: float = 0.5
+    x0: Tensor,
+    epsilon: Tensor,
+    t: LevelLike,
+    process: Process,
+    prediction_type: PredictionType,
+    sigma_data: float = 0.5,
 ) -> Tensor:
-    """Return what the network should output for data `x0` and noise `epsilon` at level `t` (`[B]` or `[B, T]`)."""
+    """Return what the network should output for data `x0` and noise `epsilon`; `t`: number, `[B]` or `[B, T]`."""
     if prediction_type == "x0":
         return x0
     if prediction_type == "epsilon":
         return epsilon
     if prediction_type == "velocity":
         return epsilon - x0
-    alpha = expand(process.alpha(t), x0).to(x0.dtype)
-    sigma = expand(process.sigma(t), x0).to(x0.dtype)
+    alpha, sigma = _coefficients(process, t, x0)
     if prediction_type == "v":
         return alpha * epsilon - sigma * x0
-    _, c_x, c_out = (expand(c, x0).to(x0.dtype) for c in conversion(prediction_type, process, t, sigma_data))
-    return (x0 - c_x * (alpha * x0 + sigma * epsilon)) / c_out
+    return to_output(x0, alpha * x0 + sigma * epsilon, t, process, prediction_type, sigma_data)
 
 
 def add_noise(x0: Tensor, epsilon: Tensor, t: LevelLike, process: Process) -> Tensor:
     """Return x_t = alpha(t) x0 + sigma(t) epsilon; `t`: number, `[B]` or `[B, T]`."""
-    alpha = expand(process.alpha(t), x0).to(x0.dtype)
-    sigma = expand(process.sigma(t), x0).to(x0.dtype)
-    return alpha * x0 + sigma * epsilon
+    alpha, sigma = _coefficients(process, t, x0)
+    return weighted_sum(alpha, x0, sigma, epsilon)
+
+
+def _coefficients(process: Process, t: LevelLike, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return alpha and sigma in the dtype and on the device of `x`, broadcasting against it."""
+    return expand(process.alpha(t), x).to(x), expand(process.sigma(t), x).to(x)

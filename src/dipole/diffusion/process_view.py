@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dipole.diffusion.denoiser import Denoiser, prepare
 from dipole.diffusion.process import LevelLike, Process
-from dipole.diffusion.tensors import Level, expand
+from dipole.diffusion.tensors import Level, expand, scaled
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class ProcessView:
     def __call__(self, x: Tensor, t: LevelLike, cond: Any = None) -> Tensor:
         """Return x0_hat for `x` `[B, ...]` at level `t` of `other`."""
         if not isinstance(t, Tensor):
-            level, number = _matched_number(self.own, self.other, float(t))
-            return self.denoiser(x * number, level, cond)
+            number, factor = _matched_number(self.own, self.other, float(t))
+            return self.denoiser(scaled(x, factor), number, cond)
         level, scale = _matched(self.own, self.other, t)
-        return self.denoiser(x * expand(scale, x).to(x.dtype), level, cond)
+        return self.denoiser(x * expand(scale, x).to(x), level, cond)
 
     def prepare(self, levels: Level, cond: Any) -> Denoiser:
         """Let the denoiser prepare for the levels it will be called at."""

@@ -3,13 +3,13 @@
     x0 = sample(denoiser, process, process.levels(10), kernel=DDIM(eta=0.0), cond=cond, shape=(B, T, D), generator=g)
 
 A list of levels is a tensor whose first axis is the K + 1 visited levels, the last one usually `process.clean`:
-`[K+1]` (all alike), `[K+1, B]` (per row), `[K+1, B or 1, T]` (per position), or a dict of these, one per part. A part or
-position whose level does not change stays as it is. K is the number of kernel steps, and of network calls.
+`[K+1]` (all alike), `[K+1, B]` (per row), `[K+1, B or 1, T]` (per position), or a dict of these, one per part. A part
+or position whose level does not change stays as it is. K is the number of kernel steps, and of network calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dipole.diffusion.denoiser import Denoiser, Processes, prepare
-from dipole.diffusion.kernels import DDIM, Coefficients, Kernel, Normal, Reduce, log_prob
+from dipole.diffusion.kernels import DDIM, Coefficients, Kernel, Reduce, check_steps, coefficient_table, log_prob
 from dipole.diffusion.process import Process
 from dipole.diffusion.solvers import Solver
 from dipole.diffusion.tensors import Level, Random, Sample, Shape, expand, map_parts, randn
@@ -25,7 +25,7 @@ from dipole.diffusion.tensors import Level, Random, Sample, Shape, expand, map_p
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees after each step: `x` at level `t` became `x_next` at level `s`; `x0_hat` was predicted at `t`."""
+    """What a callback sees after a step: `x` at level `t` became `x_next` at `s`; `x0_hat` was predicted at `t`."""
 
     index: int
     num_steps: int
@@ -96,6 +96,7 @@ def sample(
     generator: Random = None,
     init: Any = None,
     t_start: float | None = None,
+    like: Tensor | None = None,
     project: Callable[[Any, Any], Any] | None = None,
     callback: Callable[[StepInfo], None] | None = None,
 ) -> Any:
@@ -111,6 +112,7 @@ def sample(
         generator: One generator, or one per row.
         init: Start here instead of from noise: the sample *at the first level* (use `add_noise` to noise a clean one).
         t_start: Visit only the levels from here on.
+        like: Tensor that gives dtype and device of the initial noise; without it float32, where the generator is.
         project: `project(x, t) -> x` applied to the start and after every step, e.g. to hold known entries.
         callback: Called with a `StepInfo` after every step.
 
@@ -118,19 +120,22 @@ def sample(
         The sample at the last level, shaped as `shape` or `init`.
 
     Raises:
-        ValueError: Neither `shape` nor `init` is given, or a solver is used with per-row, per-position or per-part levels.
+        ValueError: Neither `shape` nor `init` is given; a solver is used with per-row or per-position levels or with
+            parts; or the kernel cannot make a step of these levels.
     """
     kernel = DDIM() if kernel is None else kernel
     if t_start is not None:
         if not isinstance(levels, Tensor):
             raise ValueError("t_start needs one level list shared by all parts: shorten the lists yourself")
         levels = from_level(levels, t_start)
-    x = _start(process, levels, shape, generator, init)
+    x = _start(process, levels, shape, generator, init, like)
     if project is not None:
         x = project(x, _at(levels, 0))
     denoiser = prepare(denoiser, levels, cond)
-    advance = _stepper(denoiser, process, levels, kernel, cond, generator)
     num_steps = _num_steps(levels)
+    if num_steps == 0:
+        return x
+    advance = _stepper(denoiser, process, levels, kernel, cond, generator, x)
     memory = None
     for k in range(num_steps):
         x_next, x0_hat, memory = advance(k, x, memory)
@@ -159,17 +164,20 @@ def score_chain(
     *,
     reduce: Reduce,
     steps: range | None = None,
+    mask: Any = None,
 ) -> Tensor:
     """Return the log-probability of each step of a chain under `denoiser`, by the kernel that drew it.
 
     Args:
         denoiser: The policy's denoiser; gradients flow through it.
         process: Its process, or one per part.
-        kernel: The kernel the chain was drawn with. Deterministic steps raise.
+        kernel: The kernel the chain was drawn with. Deterministic steps raise, but for parts and positions that stay
+            at their level: those do not count.
         chain: From `sample_chain`.
         cond: Conditioning.
         reduce: `sum` or `mean` over a sample's dimensions.
         steps: Which steps (default all).
+        mask: Entries that count, `[B]`, `[B, T]` or broadcastable to the sample (or parts); default all.
 
     Returns:
         `[len(steps), B]`.
@@ -180,8 +188,17 @@ def score_chain(
         t, s = _at(chain.levels, k), _at(chain.levels, k + 1)
         x = chain.samples[k]
         dist = kernel.step(x, denoiser(x, t, cond), t, s, process)
-        scores.append(log_prob(dist, chain.samples[k + 1], reduce))
+        moving = map_parts(_moving, x, t, s, mask)
+        scores.append(log_prob(dist, chain.samples[k + 1], reduce, moving))
     return torch.stack(scores)
+
+
+def _moving(x: Tensor, t: Any, s: Any, mask: Tensor | None) -> Tensor | None:
+    """Return which entries of `x` count: those whose level changes, within `mask`; None for all."""
+    if not isinstance(t, Tensor) and t != s:
+        return mask
+    moves = expand(torch.as_tensor(t != s, device=x.device), x)
+    return moves if mask is None else moves & expand(mask, x).bool()
 
 
 def _num_steps(levels: Level) -> int:
@@ -200,29 +217,36 @@ def _at(levels: Level, k: int) -> Any:
     return map_parts(one, levels)
 
 
-def _start(process: Processes, levels: Level, shape: Shape | None, generator: Random, init: Any) -> Any:
+def _start(
+    process: Processes, levels: Level, shape: Shape | None, generator: Random, init: Any, like: Tensor | None
+) -> Any:
     if init is not None:
         return init
     if shape is None:
         raise ValueError("sample needs the shape of the sample, or an init to start from")
-    return initial_noise(process, levels, shape, generator)
+    return initial_noise(process, levels, shape, generator, like)
 
 
 Stepper = Callable[[int, Any, Any], tuple[Any, Any, Any]]
 
 
 def _stepper(
-    denoiser: Denoiser, process: Processes, levels: Level, kernel: Kernel | Solver, cond: Any, generator: Random
+    denoiser: Denoiser,
+    process: Processes,
+    levels: Level,
+    kernel: Kernel | Solver,
+    cond: Any,
+    generator: Random,
+    x: Any,
 ) -> Stepper:
     """Return `advance(k, x, memory) -> (x_next, x0_hat, memory)` for this kernel or solver."""
-    shared = isinstance(levels, Tensor) and levels.dim() == 1 and not isinstance(process, Mapping)
-    if not isinstance(kernel, Kernel):
-        if not shared:
-            raise ValueError(f"{type(kernel).__name__} needs one level list shared by all rows, positions and parts")
-        return _solver_stepper(denoiser, process, levels, kernel, cond, generator)  # type: ignore[arg-type]
-    if shared:
-        return _shared_stepper(denoiser, process, levels, kernel, cond, generator)  # type: ignore[arg-type]
-    return _general_stepper(denoiser, process, levels, kernel, cond, generator)
+    if isinstance(kernel, Kernel):
+        return _kernel_stepper(denoiser, process, levels, kernel, cond, generator, x)
+    if not isinstance(levels, Tensor) or levels.dim() != 1 or isinstance(process, Mapping) or isinstance(x, Mapping):
+        raise ValueError(f"{type(kernel).__name__} needs one level list shared by all rows and positions, and no parts")
+    if bool((levels[1:] >= levels[:-1]).any()):
+        raise ValueError(f"{type(kernel).__name__} needs levels that decrease")
+    return _solver_stepper(denoiser, process, levels, kernel, cond, generator)
 
 
 def _solver_stepper(
@@ -231,7 +255,8 @@ def _solver_stepper(
     numbers = levels.tolist()
 
     def denoise(x: Tensor, t: float) -> Tensor:
-        return denoiser(x, t, cond)
+        x0_hat: Tensor = denoiser(x, t, cond)
+        return x0_hat
 
     def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
         return solver.solve(denoise, x, numbers[k], numbers[k + 1], process, memory, generator)
@@ -239,38 +264,40 @@ def _solver_stepper(
     return advance
 
 
-def _shared_stepper(
-    denoiser: Denoiser, process: Process, levels: Tensor, kernel: Kernel, cond: Any, generator: Random
+def _kernel_stepper(
+    denoiser: Denoiser, process: Processes, levels: Level, kernel: Kernel, cond: Any, generator: Random, x: Any
 ) -> Stepper:
-    """All rows at one level: the coefficients of the whole list are computed once and are plain numbers."""
-    numbers = levels.tolist()
-    table = torch.stack(list(kernel.coefficients(process, levels[:-1], levels[1:]))).T.tolist()
-    coefficients = [Coefficients(*row) for row in table]
+    """The coefficients of the whole list, and the levels told to the denoiser, are worked out before the loop."""
+    visited = _visited(levels)
+    if not isinstance(x, Mapping):
+        table = _coefficients(x, levels, process, kernel)
 
-    def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
-        x0_hat = denoiser(x, numbers[k], cond)
-        dist: Any
-        if isinstance(x, Mapping):
-            dist = map_parts(lambda a, b: kernel.combine(a, b, coefficients[k]), x, x0_hat)
-        else:
-            dist = kernel.combine(x, x0_hat, coefficients[k])
-        return _draw(dist, generator), x0_hat, None
+        def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
+            x0_hat = denoiser(x, visited[k], cond)
+            return kernel.combine(x, x0_hat, table[k]).sample(generator), x0_hat, None
 
-    return advance
+        return advance
+    tables = map_parts(lambda part, level, own: _coefficients(part, level, own, kernel), x, levels, process)
 
+    def advance_parts(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
+        x0_hat = denoiser(x, visited[k], cond)
+        x_next = {key: kernel.combine(part, x0_hat[key], tables[key][k]).sample(generator) for key, part in x.items()}
+        return x_next, x0_hat, None
 
-def _general_stepper(
-    denoiser: Denoiser, process: Processes, levels: Level, kernel: Kernel, cond: Any, generator: Random
-) -> Stepper:
-    def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
-        t, s = _at(levels, k), _at(levels, k + 1)
-        x0_hat = denoiser(x, t, cond)
-        return _draw(kernel.step(x, x0_hat, t, s, process), generator), x0_hat, None
-
-    return advance
+    return advance_parts
 
 
-def _draw(dist: Any, generator: Random) -> Any:
-    if isinstance(dist, Normal):
-        return dist.sample(generator)
-    return {key: part.sample(generator) for key, part in dist.items()}
+def _visited(levels: Level) -> list[Any]:
+    """Return the K + 1 levels one by one, as `_at` does."""
+    if isinstance(levels, Tensor) and levels.dim() == 1:
+        return levels.tolist()
+    return [_at(levels, k) for k in range(_num_steps(levels) + 1)]
+
+
+def _coefficients(x: Tensor, levels: Any, process: Any, kernel: Kernel) -> Sequence[Coefficients]:
+    """Return the coefficients of each step: numbers where all rows share the levels, else broadcast against `x`."""
+    if levels.dim() == 1:
+        return coefficient_table(kernel, process, tuple(levels.tolist()))
+    value = kernel.coefficients(process, levels[:-1], levels[1:])
+    check_steps(kernel, levels, value)
+    return [Coefficients(*(expand(c[k], x).to(x) for c in value)) for k in range(len(levels) - 1)]

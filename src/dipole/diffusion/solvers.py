@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from dipole.diffusion.process import Process
-from dipole.diffusion.tensors import Random, randn
+from dipole.diffusion.tensors import Random, randn, scaled, weighted_sum
 
 Denoise = Callable[[Tensor, float], Tensor]
 
@@ -30,16 +31,22 @@ class Solver(Protocol):
         """Return `(x at level s, x0_hat at level t, memory for the next step)`; `memory` is None at the first step."""
 
 
+@lru_cache(maxsize=8192)
 def _view(process: Process, t: float) -> tuple[float, float]:
+    """Return `(scale, u)` of the process's ODE view."""
     scale, u = process.ode_view(t)
     return float(scale), float(u)
 
 
-def _level_between(process: Process, u_from: float, u_to: float) -> tuple[float, float]:
-    """Return the level at the geometric mean of two ODE times, and that time."""
-    u = math.sqrt(u_from * u_to)
-    ratio = u / (1 - u) if abs(float(process.alpha(process.noisiest))) == 0.0 else u
-    return float(process.level_at(ratio)), u
+@lru_cache(maxsize=8192)
+def _midpoint(process: Process, u: float, u_s: float) -> float:
+    """Return the level at the geometric mean of two ODE times."""
+    return float(process.level_at_ode_time(math.sqrt(u * u_s)))
+
+
+def _euler(y: Tensor, x0: Tensor, u: float, u_s: float) -> Tensor:
+    """Return y + (u_s - u) (y - x0) / u."""
+    return weighted_sum(u_s / u, y, 1 - u_s / u, x0)
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,13 @@ class Heun:
             x, t = self._add_churn(x, t, process, generator)
         (scale, u), (scale_s, u_s) = _view(process, t), _view(process, s)
         x0 = denoise(x, t)
-        y = x * scale
-        slope = (y - x0) / u
-        y_next = y + (u_s - u) * slope
+        y = scaled(x, scale)
+        y_next = _euler(y, x0, u, u_s)
         if u_s > 0:
-            slope_next = (y_next - denoise(y_next / scale_s, s)) / u_s
-            y_next = y + (u_s - u) * (slope + slope_next) / 2
-        return y_next / scale_s, x0, None
+            slope = (y - x0) / u
+            slope_next = (y_next - denoise(scaled(y_next, 1 / scale_s), s)) / u_s
+            y_next = y + (slope + slope_next) * ((u_s - u) / 2)
+        return scaled(y_next, 1 / scale_s), x0, None
 
     def _add_churn(self, x: Tensor, t: float, process: Process, generator: Random) -> tuple[Tensor, float]:
         if self.num_steps is None:
@@ -98,22 +105,38 @@ class DPM2:
         """Return the sample after one midpoint step; Euler's to the clean level."""
         (scale, u), (scale_s, u_s) = _view(process, t), _view(process, s)
         x0 = denoise(x, t)
-        y = x * scale
-        slope = (y - x0) / u
-        if u_s > 0:
-            middle, u_middle = _level_between(process, u, u_s)
-            scale_middle, u_middle = _view(process, middle)
-            y_middle = y + (u_middle - u) * slope
-            slope = (y_middle - denoise(y_middle / scale_middle, middle)) / u_middle
-        return (y + (u_s - u) * slope) / scale_s, x0, None
+        y = scaled(x, scale)
+        if u_s == 0:
+            return scaled(_euler(y, x0, u, u_s), 1 / scale_s), x0, None
+        middle = _midpoint(process, u, u_s)
+        scale_middle, u_middle = _view(process, middle)
+        y_middle = _euler(y, x0, u, u_middle)
+        slope = (y_middle - denoise(scaled(y_middle, 1 / scale_middle), middle)) / u_middle
+        return scaled(y + slope * (u_s - u), 1 / scale_s), x0, None
 
 
-def _log_snr_view(process: Process, t: float) -> tuple[float, float, float]:
-    """Return `(alpha, sigma, lambda = log(alpha / sigma))`; lambda is infinite at the clean level, -infinite at pure noise."""
+class _LogSNR(NamedTuple):
+    """A level as DPM-Solver++ sees it; lambda = log(alpha / sigma) is infinite where there is no noise or no signal."""
+
+    alpha: float
+    sigma: float
+    lam: float
+
+
+@lru_cache(maxsize=8192)
+def _log_snr(process: Process, t: float) -> _LogSNR:
     alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
-    if sigma == 0:
-        return alpha, sigma, math.inf
-    return alpha, sigma, -math.inf if alpha == 0 else math.log(alpha) - math.log(sigma)
+    if sigma == 0 or alpha == 0:
+        return _LogSNR(alpha, sigma, math.inf if sigma == 0 else -math.inf)
+    return _LogSNR(alpha, sigma, math.log(alpha) - math.log(sigma))
+
+
+def _exponential_step(x: Tensor, x0: Tensor, start: _LogSNR, end: _LogSNR) -> Tensor:
+    """Return the exact solution of the ODE from `start` to `end` while x0_hat stays `x0` (Lu et al. 2022, eq. 9)."""
+    # 1 - exp(-h) with h = lambda_end - lambda_start, written so that infinite lambdas are fine
+    finite = math.isfinite(start.lam) and math.isfinite(end.lam)
+    growth = -math.expm1(start.lam - end.lam) if finite else 1.0
+    return weighted_sum(end.sigma / start.sigma, x, end.alpha * growth, x0)
 
 
 @dataclass(frozen=True)
@@ -127,39 +150,41 @@ class DPMSolverPP2M:
         self, denoise: Denoise, x: Tensor, t: float, s: float, process: Process, memory: Any, generator: Random
     ) -> tuple[Tensor, Tensor, Any]:
         """Return the sample after one step; `memory` is `(x0_hat, lambda)` of the step before."""
-        _, sigma, lam = _log_snr_view(process, t)
-        alpha_s, sigma_s, lam_s = _log_snr_view(process, s)
+        start, end = _log_snr(process, t), _log_snr(process, s)
         x0 = denoise(x, t)
         pulled = x0
-        if memory is not None and math.isfinite(lam_s) and math.isfinite(lam) and math.isfinite(memory[1]):
+        if memory is not None and math.isfinite(end.lam) and math.isfinite(memory[1]):
             x0_before, lam_before = memory
-            half_ratio = (lam_s - lam) / (2 * (lam - lam_before))
-            pulled = x0 + half_ratio * (x0 - x0_before)
-        # -expm1(-h) with h = lambda_s - lambda, written so that infinite lambdas are fine
-        decay = 0.0 if math.isinf(lam_s) or math.isinf(lam) else math.exp(lam - lam_s)
-        keep = sigma_s / sigma
-        return keep * x + alpha_s * (1 - decay) * pulled, x0, (x0, lam)
+            half_ratio = (end.lam - start.lam) / (2 * (start.lam - lam_before))
+            pulled = weighted_sum(1 + half_ratio, x0, -half_ratio, x0_before)
+        return _exponential_step(x, pulled, start, end), x0, (x0, start.lam)
 
 
 @dataclass(frozen=True)
 class DPMSolverPP2S:
     """DPM-Solver++ (2S): second order, single step with a midpoint in log-SNR (Lu et al. 2022, algorithm 1).
 
-    2n - 1 calls for n steps: the step to the clean level is first order (and a step from pure noise, which costs one).
+    2n - 1 calls for n steps: the step to the clean level is first order. Fewer where a step starts from pure noise
+    (`Flow` at 1) or no trained level of a `VP` lies between its ends: such steps are first order as well.
     """
 
     def solve(
         self, denoise: Denoise, x: Tensor, t: float, s: float, process: Process, memory: Any, generator: Random
     ) -> tuple[Tensor, Tensor, Any]:
         """Return the sample after one step."""
-        _, sigma, lam = _log_snr_view(process, t)
-        alpha_s, sigma_s, lam_s = _log_snr_view(process, s)
+        start, end = _log_snr(process, t), _log_snr(process, s)
         x0 = denoise(x, t)
-        if math.isinf(lam_s) or math.isinf(lam):
-            return sigma_s / sigma * x + alpha_s * x0, x0, None
-        middle = float(process.level_at(math.exp(-(lam + lam_s) / 2)))
-        alpha_m, sigma_m, lam_m = _log_snr_view(process, middle)
-        x_middle = sigma_m / sigma * x + alpha_m * (1 - math.exp(lam - lam_m)) * x0
-        ratio = (lam_m - lam) / (lam_s - lam)
-        pulled = (1 - 1 / (2 * ratio)) * x0 + denoise(x_middle, middle) / (2 * ratio)
-        return sigma_s / sigma * x + alpha_s * (1 - math.exp(lam - lam_s)) * pulled, x0, None
+        if math.isinf(end.lam) or math.isinf(start.lam):
+            return _exponential_step(x, x0, start, end), x0, None
+        level = _log_snr_midpoint(process, start.lam, end.lam)
+        middle = _log_snr(process, level)
+        if middle == start:
+            return _exponential_step(x, x0, start, end), x0, None
+        x0_middle = denoise(_exponential_step(x, x0, start, middle), level)
+        share = (end.lam - start.lam) / (2 * (middle.lam - start.lam))
+        return _exponential_step(x, weighted_sum(1 - share, x0, share, x0_middle), start, end), x0, None
+
+
+@lru_cache(maxsize=8192)
+def _log_snr_midpoint(process: Process, lam: float, lam_s: float) -> float:
+    return float(process.level_at(math.exp(-(lam + lam_s) / 2)))

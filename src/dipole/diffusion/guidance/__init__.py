@@ -1,0 +1,1 @@
+"""Guidance: wrappers `Denoiser -> Denoiser` that change what is sampled. They nest."""

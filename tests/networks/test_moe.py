@@ -158,17 +158,33 @@ def test_cache_is_reused_and_follows_the_list_of_levels():
     network = make()
     with torch.no_grad():
         first = network.prepare(times(0.5, 0.1)).cache
+        level = first.at(network, times(0.5))
         assert network.prepare(times(0.5, 0.1)).cache is first
+        assert first.at(network, times(0.5)) is level
         assert network.prepare(times(0.5, 0.2)).cache is not first
         network.clear_cache()
         again = network.prepare(times(0.5, 0.1)).cache
-    assert again is not first
-    for a, b in zip(first.experts[0], again.experts[0], strict=True):
-        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+        assert again is not first
+        for a, b in zip(level.experts, again.at(network, times(0.5)).experts, strict=True):
+            assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
 
 
-def _optimizer_step(network):
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+def test_a_level_told_in_another_precision_is_still_that_level_and_exact():
+    network = make()
+    x, cond = inputs()
+    with torch.no_grad():
+        prepared = network.prepare(times(0.3, 0.1, dtype=torch.float32))
+        time = times(0.3).expand(3)
+        assert float(times(0.3, dtype=torch.float32)) != float(times(0.3))
+        torch.testing.assert_close(prepared(x, time, cond), network(x, time, cond), rtol=0, atol=1e-12)
+
+
+def _fused_optimizer_step(network):
+    _optimizer_step(network, fused=True)
+
+
+def _optimizer_step(network, fused=False):
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, fused=fused)
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -196,13 +212,16 @@ def _cast(network):
     network.float().double()
 
 
-@pytest.mark.parametrize("change", [_optimizer_step, _one_expert, _data_write, _load, _replace, _cast])
+@pytest.mark.parametrize(
+    "change", [_optimizer_step, _fused_optimizer_step, _one_expert, _data_write, _load, _replace, _cast]
+)
 def test_any_change_of_the_weights_invalidates_the_cache(change):
     network = make()
     x, cond = inputs()
     levels, time = times(0.5, 0.1), times(0.5).expand(3)
     with torch.no_grad():
         before = network.prepare(levels)
+        before(x, time, cond)
     change(network)
     with torch.no_grad():
         after = network.prepare(levels)
@@ -214,10 +233,10 @@ def test_copies_do_not_share_a_stale_cache():
     network = make()
     x, cond = inputs()
     with torch.no_grad():
-        network.prepare(times(0.5))
+        time = times(0.5).expand(3)
+        network.prepare(times(0.5))(x, time, cond)
         twin = copy.deepcopy(network)
         _one_expert(twin)
-        time = times(0.5).expand(3)
         torch.testing.assert_close(twin.prepare(times(0.5))(x, time, cond), twin(x, time, cond), rtol=0, atol=1e-12)
 
 
@@ -286,7 +305,8 @@ def test_guidance_can_differentiate_through_a_cache_made_in_inference_mode():
     x, cond = inputs()
     with torch.inference_mode():
         prepared = network.prepare(times(0.5))
-    assert not any(tensor.requires_grad for fused in prepared.cache.experts[0] for tensor in fused)
+        level = prepared.cache.at(network, times(0.5))
+    assert not any(tensor.requires_grad or tensor.is_inference() for fused in level.experts for tensor in fused)
     leaf = x.clone().requires_grad_()
     prepared(leaf, times(0.5).expand(3), cond).sum().backward()
     other = x.clone().requires_grad_()

@@ -1,7 +1,7 @@
 """Windows of play data with goals taken from the future: what happened later is what was wanted (hindsight).
 
-Source: Lynch et al., "Learning Latent Plans from Play" (2019); in the form of BESO (Reuss et al. 2023): the goal is a run
-of consecutive observations, drawn uniformly from those after the window, in the same episode.
+Source: Lynch et al., "Learning Latent Plans from Play" (2019); in the form of BESO (Reuss et al. 2023): the goal is a
+run of consecutive observations, drawn uniformly from those after the window, in the same episode.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class HindsightWindows:
             indices: int `[B]`, in 0..len-1.
 
         Returns:
-            Each observation key `[B, w, *shape]`, `action` `[B, w, Da]`, `action_is_pad` bool `[B, w]` (all false), each
-            observation key with `goal.` in front `[B, g, *shape]`, and `goal_is_missing` bool `[B]`: the window ends too
-            near the end of its episode.
+            Each observation key `[B, w, *shape]`, `action` `[B, w, Da]`, `action_is_pad` bool `[B, w]` (all false),
+            each observation key with `goal.` in front `[B, g, *shape]`, and `goal_is_missing` bool `[B]`: the window
+            ends too near the end of its episode.
         """
         frames = self.first[np.asarray(indices) % len(self.first)][:, None] + np.arange(self.window)
         start, missing = self.goal_frames(indices)

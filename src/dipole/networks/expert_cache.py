@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dipole.networks.moe import MoDE
 
 _PROBES = 32
+_ROUNDING = 1e-6
 
 
 class FusedExpert(NamedTuple):
@@ -33,49 +34,62 @@ class FusedExpert(NamedTuple):
     w2: Tensor
 
 
-@dataclass(frozen=True)
+class FusedLevel(NamedTuple):
+    """What a network needs at one level: its noise embedding `[1, C]` and one fused expert per block."""
+
+    time: float
+    noise: Tensor
+    experts: list[FusedExpert]
+
+
 class ExpertCache:
-    """Fused experts of a list of levels.
+    """Fused experts of a list of levels, each made when its level is first visited.
+
+    Entries are kept by the level's place in the list. A time belongs to a level if they agree to within float32's
+    rounding (solvers and samplers may compute it in another precision); the experts are those of the very time given.
+
+    Args:
+        network: The network, whose weights' state is noted.
+        times: `[K]` network times.
 
     Attributes:
-        times: Network times of the levels, as numbers.
-        fingerprint: State of the weights they were made from.
-        noise: `[K, C]` noise embeddings.
-        experts: K lists of L fused experts.
+        times: The network times as numbers.
+        fingerprint: State of the weights.
     """
 
-    times: tuple[float, ...]
-    fingerprint: tuple[object, ...]
-    noise: Tensor
-    experts: tuple[list[FusedExpert], ...]
-
-    @classmethod
-    def build(cls, network: MoDE, times: Tensor) -> ExpertCache:
-        """Choose and fuse the experts of each level with the network's present weights."""
-        # Ordinary tensors even inside inference mode: guidance may later differentiate through them.
-        with torch.inference_mode(False), torch.no_grad():
-            own = times.to(device=network.position.device, dtype=network.position.dtype)
-            noise = network.noise_embedding(own)
-            routings = [block.router(noise) for block in network.blocks]
-            experts = tuple(
-                [
-                    block.experts.fuse(routing.selected[level], routing.weights[level])
-                    for block, routing in zip(network.blocks, routings, strict=True)
-                ]
-                for level in range(len(own))
-            )
-        return cls(tuple(own.tolist()), fingerprint(network), noise, experts)
+    def __init__(self, network: MoDE, times: Tensor) -> None:
+        self.times = tuple(times.tolist())
+        self.fingerprint = fingerprint(network)
+        self._levels: list[FusedLevel | None] = [None] * len(self.times)
 
     def serves(self, network: MoDE, times: Tensor) -> bool:
         """Return whether the cache was made for these levels and the network's present weights."""
-        wanted = tuple(times.to(network.position.dtype).tolist())
-        return wanted == self.times and fingerprint(network) == self.fingerprint
+        return tuple(times.tolist()) == self.times and fingerprint(network) == self.fingerprint
 
-    def index(self, time: Tensor) -> int | None:
-        """Return which level the rows `[B]` are at; None when they differ or the level is not in the cache."""
-        first = float(time[0])
-        shared = len(time) == 1 or time.stride(0) == 0 or bool((time == first).all())
-        return self.times.index(first) if shared and first in self.times else None
+    def at(self, network: MoDE, time: Tensor) -> FusedLevel | None:
+        """Return what `network` needs for rows at `time` `[B]`; None when they differ or are not on the list."""
+        now = float(time[0])
+        if not (len(time) == 1 or time.stride(0) == 0 or bool((time == now).all())):
+            return None
+        index = next((i for i, t in enumerate(self.times) if abs(t - now) <= _ROUNDING * max(1.0, abs(t))), None)
+        if index is None:
+            return None
+        level = self._levels[index]
+        if level is None or level.time != now:
+            level = self._levels[index] = _fuse(network, time[:1])
+        return level
+
+
+def _fuse(network: MoDE, time: Tensor) -> FusedLevel:
+    """Choose and fuse the experts of one level (`time` `[1]`) with the network's present weights."""
+    # Ordinary tensors even inside inference mode: guidance may later differentiate through them.
+    with torch.inference_mode(False), torch.no_grad():
+        noise = network.noise_embedding(time.clone())
+        experts = []
+        for block in network.blocks:
+            routing = block.router(noise)
+            experts.append(block.experts.fuse(routing.selected[0], routing.weights[0]))
+    return FusedLevel(float(time[0]), noise, experts)
 
 
 @dataclass(frozen=True)
@@ -91,7 +105,7 @@ class PreparedMoDE:
         Raises:
             DipoleError: The rows are not all at one cached level, and the network is configured to refuse that.
         """
-        level = self.cache.index(time)
+        level = self.cache.at(self.network, time)
         if level is None:
             message = (
                 f"MoDE expert cache missed: it holds {len(self.cache.times)} levels, and the batch is not at one of "
@@ -101,8 +115,7 @@ class PreparedMoDE:
                 raise DipoleError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
             return self.network(x, time, cond, hook)
-        noise = self.cache.noise[level : level + 1]
-        return self.network.denoise(x, noise, cond, self.cache.experts[level], hook)
+        return self.network.denoise(x, level.noise, cond, level.experts, hook)
 
 
 def fingerprint(network: MoDE) -> tuple[object, ...]:

@@ -203,7 +203,11 @@ class MoDE(nn.Module):
         self.config = config
         self.num_cond = sum(count for count, _ in cond_dims.values())
         self.embed_noise = nn.Sequential(nn.Linear(1, dim), nn.Linear(dim, dim))
-        self.embed_cond = nn.ModuleDict({key: nn.Linear(size, dim) for key, (_, size) in cond_dims.items()})
+        # a module's name may not hold dots, a feature's does
+        self.cond_names = {key: key.replace(".", "/") for key in cond_dims}
+        self.embed_cond = nn.ModuleDict(
+            {self.cond_names[key]: nn.Linear(size, dim) for key, (_, size) in cond_dims.items()}
+        )
         self.embed_action = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.empty(self.num_cond + pred_horizon, dim))
         self.blocks = nn.ModuleList(MoEBlock(config, f"blocks.{i}") for i in range(config.num_layers))
@@ -252,7 +256,7 @@ class MoDE(nn.Module):
     ) -> Tensor:
         """Return `[B, T, D]` with the experts of every block given; `noise` is c, `[B or 1, C]`."""
         batch, length, _ = x.shape
-        parts = [embed(cond_set(cond, key)) for key, embed in self.embed_cond.items()]
+        parts = [self.embed_cond[name](cond_set(cond, key)) for key, name in self.cond_names.items()]
         tokens = torch.cat([*parts, self.embed_action(x)], dim=1)
         tokens = tokens + self.position[: self.num_cond + length]
         h = torch.cat([noise.unsqueeze(1).expand(batch, 1, -1), tokens], dim=1)
@@ -274,7 +278,7 @@ class MoDE(nn.Module):
         if self.training or wants_gradients or times.dim() != 1:
             return self
         if self._cache is None or not self._cache.serves(self, times):
-            self._cache = ExpertCache.build(self, times)
+            self._cache = ExpertCache(self, times)
         return PreparedMoDE(self, self._cache)
 
     def clear_cache(self) -> None:

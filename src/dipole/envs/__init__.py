@@ -4,7 +4,8 @@
 an episode is determined by its seed alone.
 """
 
-from dipole.envs.registry import make, names
+from dipole.envs.collect import collect
+from dipole.envs.registry import has_expert, make, make_expert, names
 from dipole.envs.seeds import COLLECT_SEED, EVAL_SEED, SELECT_SEED
 from dipole.envs.spec import EnvSpec, SingleEnv, StepResult, Transition, VectorEnv
 
@@ -17,6 +18,9 @@ __all__ = [
     "StepResult",
     "Transition",
     "VectorEnv",
+    "collect",
+    "has_expert",
     "make",
+    "make_expert",
     "names",
 ]

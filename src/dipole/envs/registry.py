@@ -1,4 +1,4 @@
-"""Environments by name. A family (the part before the slash) is one module; simulators are imported when first made."""
+"""Environments by name. A family is one module; its simulator is imported when its first environment is built."""
 
 from __future__ import annotations
 
@@ -8,29 +8,34 @@ from types import ModuleType
 from typing import Any, Literal
 
 from dipole.envs.async_vector import AsyncVector
+from dipole.envs.experts.expert import Expert
 from dipole.envs.spec import VectorEnv
 from dipole.envs.vector import SyncVector
 from dipole.errors import DipoleError, unknown
 
 Mode = Literal["sync", "async", "native"]
 
-# Each module has TASKS: name -> task sentence, and either build(name, **options) -> SingleEnv for simulators or
-# build_native(name, num_envs, **options) -> VectorEnv for environments that are vectorised themselves.
-FAMILIES = {
-    "micro": "dipole.envs.micro",
-    "pusht": "dipole.envs.adapters.pusht",
-    "metaworld": "dipole.envs.adapters.metaworld",
-}
+# Each module has
+#   TASKS: name -> task sentence;
+#   EXPERTS: the names that have a scripted expert, and build_expert(env) -> Expert for them;
+#   build(name, **options) -> SingleEnv for simulators (all take `terminate_on_success`), or
+#   build_native(name, num_envs, **options) -> VectorEnv for environments that are vectorised themselves.
+MODULES = (
+    "dipole.envs.micro",
+    "dipole.envs.adapters.pusht",
+    "dipole.envs.adapters.metaworld",
+)
 
 
-def _module(family: str) -> ModuleType:
-    return importlib.import_module(FAMILIES[family])
+@functools.cache
+def _modules() -> tuple[ModuleType, ...]:
+    return tuple(importlib.import_module(name) for name in MODULES)
 
 
 @functools.cache
 def tasks() -> dict[str, str]:
     """Return every environment's name and its task sentence. Imports no simulator."""
-    return {name: task for family in FAMILIES for name, task in _module(family).TASKS.items()}
+    return {name: task for module in _modules() for name, task in module.TASKS.items()}
 
 
 def names() -> list[str]:
@@ -42,7 +47,25 @@ def family_of(name: str) -> ModuleType:
     """Return the module that builds environment `name`, or raise DipoleError with the nearest known name."""
     if name not in tasks():
         raise unknown("environment", name, tasks())
-    return next(module for module in map(_module, FAMILIES) if name in module.TASKS)
+    return next(module for module in _modules() if name in module.TASKS)
+
+
+def is_native(name: str) -> bool:
+    """Whether environment `name` is vectorised numpy (else it is a simulator behind an adapter)."""
+    return hasattr(family_of(name), "build_native")
+
+
+def has_expert(name: str) -> bool:
+    """Whether environment `name` has a scripted expert."""
+    return name in family_of(name).EXPERTS
+
+
+def make_expert(env: VectorEnv) -> Expert:
+    """Return the scripted expert for the rows of `env`, or raise DipoleError when its task has none."""
+    name = env.spec.name
+    if not has_expert(name):
+        raise DipoleError(f"environment '{name}' has no scripted expert: 'dipole env list' shows which have one")
+    return family_of(name).build_expert(env)
 
 
 def make(name: str, num_envs: int = 1, mode: Mode | None = None, **options: Any) -> VectorEnv:
@@ -63,7 +86,7 @@ def make(name: str, num_envs: int = 1, mode: Mode | None = None, **options: Any)
     module = family_of(name)
     if num_envs < 1:
         raise DipoleError(f"num_envs is {num_envs}: it must be at least 1")
-    native = hasattr(module, "build_native")
+    native = is_native(name)
     mode = mode or ("native" if native else "sync")
     if (mode == "native") != native:
         has = "is vectorised already: use mode 'native'" if native else "has no mode 'native': use 'sync' or 'async'"

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from dipole.data import Feature
+from dipole.envs.experts.expert import Expert
 from dipole.envs.rendering import PICTURE, Camera, import_mujoco
-from dipole.envs.spec import EnvSpec, Observation, Transition
+from dipole.envs.spec import EnvSpec, Observation, Transition, VectorEnv
 from dipole.errors import MissingExtraError
 
 EXTRA = "envs"
@@ -77,6 +78,7 @@ _SENTENCES = {
     "window-close-v3": "Slide the window closed.",
 }
 TASKS = {f"metaworld/{task}": sentence for task, sentence in _SENTENCES.items()}
+EXPERTS = frozenset(TASKS)
 
 # Model fields that some task moves at reset (a box, a door frame, a goal marker).
 _MOVED = ("body_pos", "body_quat", "site_pos", "site_quat")
@@ -188,6 +190,13 @@ class MetaWorld:
             if camera is not None:
                 camera.close()
         self._env.close()
+
+
+def build_expert(env: VectorEnv) -> Expert:
+    """Return the package's scripted expert for the rows of `env`."""
+    from dipole.envs.experts.metaworld import MetaWorldExpert
+
+    return MetaWorldExpert(env)
 
 
 def build(name: str, **options: Any) -> MetaWorld:

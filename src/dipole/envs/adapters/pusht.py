@@ -20,6 +20,7 @@ TASKS = {
     "pusht": "Push the T-shaped block onto the T-shaped outline.",
     "pusht-image": "Push the T-shaped block onto the T-shaped outline.",
 }
+EXPERTS: frozenset[str] = frozenset()
 EXTRA = "envs"
 MAX_STEPS = 300
 FPS = 10.0

@@ -15,6 +15,7 @@ _MICRO: dict[str, tuple[type[MicroTask], type[Demonstrator]]] = {
 TASKS = {
     fork2d.NAME: fork2d.TASK,
 }
+EXPERTS = frozenset(TASKS)
 
 
 def build_native(name: str, num_envs: int, max_steps: int | None = None, **options: Any) -> NativeVector:

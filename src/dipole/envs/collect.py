@@ -1,0 +1,190 @@
+"""Demonstrations from scripted experts.
+
+Noise: a Gaussian of standard deviation `noise` is added to the action that is executed, so that the data show states
+off the expert's path. The recorded action is by default the expert's clean one for the state it was in ("clean"):
+imitation then learns to come back, as in DART (Laskey et al. 2017). With "executed" it is what was executed, clipped to
+the bounds: what offline RL and dynamics models need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+
+from dipole.data import Episodes, Feature
+from dipole.envs.recording import Attempt, Label, Recipe, record
+from dipole.envs.registry import has_expert, is_native, make, make_expert
+from dipole.envs.seeds import COLLECT_SEED
+from dipole.envs.spec import EnvSpec, VectorEnv
+from dipole.errors import DipoleError
+
+Progress = Callable[[int, int], None]
+
+_NATIVE_ROWS = 64
+_FLAGS = ("next.done", "next.truncated", "next.success")
+
+
+def collect(
+    env_name: str,
+    num_episodes: int,
+    noise: float = 0.0,
+    seed: int = COLLECT_SEED,
+    num_envs: int | None = None,
+    success_only: bool = True,
+    label: Label = "clean",
+    steps_after_success: int = 5,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Episodes:
+    """Let the scripted expert of an environment demonstrate.
+
+    Attempt k starts from seed `seed + k`; the first `num_episodes` that count are returned in that order, so the result
+    depends on the seed and not on `num_envs`.
+
+    Args:
+        env_name: Environment; `has_expert` tells whether there is an expert.
+        num_episodes: Number of episodes to return.
+        noise: Standard deviation of the noise on the executed action, in the action's own units.
+        seed: Seed of the first attempt.
+        num_envs: Rows of a micro environment, or worker processes of a simulator (None: 64 rows, no extra process).
+        success_only: Leave out episodes that did not succeed.
+        label: Which action is recorded; see the module's text.
+        steps_after_success: Frames recorded after the first success, where the environment goes on.
+        progress: Called with (episodes kept, episodes attempted) after each attempt.
+        options: Options of the environment, e.g. `images=True`.
+
+    Returns:
+        Episodes with the environment's observations, `action`, `next.reward`, `next.done`, `next.truncated`,
+        `next.success` and `task_index`. `next.done` is set on the last frame of an episode that succeeded or was ended
+        by the environment.
+
+    Raises:
+        DipoleError: There is no expert, or it succeeds in fewer than one attempt in ten.
+    """
+    if num_episodes < 1:
+        raise DipoleError(f"num_episodes is {num_episodes}: it must be at least 1")
+    if not noise >= 0:
+        raise DipoleError(f"noise is {noise}: it must be zero or a positive standard deviation")
+    if not has_expert(env_name):
+        raise DipoleError(f"environment '{env_name}' has no scripted expert: 'dipole env list' shows which have one")
+    recipe = Recipe(noise, label, steps_after_success)
+    if not is_native(env_name):
+        options = {"terminate_on_success": False} | options
+    kept: list[Attempt] = []
+    attempts, spec = _attempts(env_name, recipe, seed, num_episodes, num_envs, options)
+    most = 20 + 10 * num_episodes
+    try:
+        for number, attempt in enumerate(attempts, start=1):
+            if attempt.success or not success_only:
+                kept.append(attempt)
+            if progress is not None:
+                progress(len(kept), number)
+            if len(kept) == num_episodes:
+                break
+            if number == most:
+                raise DipoleError(
+                    f"the expert of '{env_name}' succeeded in {len(kept)} of {number} attempts: lower the noise"
+                )
+    finally:
+        attempts.close()
+    return _episodes(kept, spec)
+
+
+def _episodes(kept: Sequence[Attempt], spec: EnvSpec) -> Episodes:
+    features = dict(spec.observation) | {"action": spec.action, "next.reward": Feature("float32", (1,))}
+    features |= {key: Feature("bool", (1,)) for key in _FLAGS}
+    features["task_index"] = Feature("int64", (1,))
+    episodes = [a.columns | {"task_index": np.zeros(len(a.columns["action"]), np.int64)} for a in kept]
+    return Episodes.from_list(episodes, features, spec.fps, (spec.task,))
+
+
+def _attempts(
+    name: str, recipe: Recipe, seed: int, wanted: int, num_envs: int | None, options: dict[str, Any]
+) -> tuple[Iterator[Attempt], EnvSpec]:
+    """Return a generator of attempts in the order of their seeds, and the spec of the environment."""
+    native = is_native(name)
+    if native or (num_envs or 1) == 1:
+        rows = min(num_envs or _NATIVE_ROWS, wanted) if native else 1
+        env = make(name, rows, **options)
+        return _in_process(env, seed, recipe), env.spec
+    pool = ProcessPoolExecutor(
+        min(num_envs or 1, wanted),
+        mp_context=multiprocessing.get_context("forkserver"),
+        initializer=_start_worker,
+        initargs=(name, recipe, options),
+    )
+    try:
+        spec = pool.submit(_worker_spec).result()
+    except BrokenProcessPool:
+        pool.shutdown()
+        raise _died(name) from None
+    except BaseException:
+        pool.shutdown()
+        raise
+    return _in_pool(pool, name, seed, ahead=2 * (num_envs or 1)), spec
+
+
+def _in_process(env: VectorEnv, seed: int, recipe: Recipe) -> Iterator[Attempt]:
+    """Yield attempts in seed order; rows finish in another order, so those that are early wait."""
+    early: dict[int, Attempt] = {}
+    try:
+        for attempt in record(env, make_expert(env), itertools.count(seed), recipe):
+            early[attempt.seed] = attempt
+            while seed in early:
+                yield early.pop(seed)
+                seed += 1
+    finally:
+        env.close()
+
+
+def _in_pool(pool: ProcessPoolExecutor, name: str, seed: int, ahead: int) -> Iterator[Attempt]:
+    """Yield attempts in seed order, computed by worker processes up to `ahead` episodes in advance."""
+    waiting: list[Future[Attempt]] = []
+    seeds = itertools.count(seed)
+    try:
+        while True:
+            while len(waiting) < ahead:
+                waiting.append(pool.submit(_worker_attempt, next(seeds)))
+            yield waiting.pop(0).result()
+    except BrokenProcessPool:
+        raise _died(name) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _died(name: str) -> DipoleError:
+    return DipoleError(
+        f"a worker that collects '{name}' died: if your script has no 'if __name__ == \"__main__\":' add one, "
+        "if memory ran out use fewer environments"
+    )
+
+
+# What a worker process of the pool holds; set once by its initializer.
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(name: str, recipe: Recipe, options: dict[str, Any]) -> None:
+    _worker.update(name=name, recipe=recipe, options=options)
+
+
+def _worker_env() -> VectorEnv:
+    # Built here and not in the initializer, where an error would only say that the pool is broken.
+    if "env" not in _worker:
+        _worker["env"] = make(_worker["name"], 1, mode="sync", **_worker["options"])
+        _worker["expert"] = make_expert(_worker["env"])
+    return _worker["env"]
+
+
+def _worker_spec() -> EnvSpec:
+    return _worker_env().spec
+
+
+def _worker_attempt(seed: int) -> Attempt:
+    env = _worker_env()
+    return next(record(env, _worker["expert"], itertools.count(seed), _worker["recipe"]))

@@ -1,0 +1,55 @@
+"""Exponential moving average of the weights: what is evaluated, saved and acted with."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+def decay_at(k: int, schedule: Literal["constant", "power"], decay: float) -> float:
+    """Return the decay of update `k` (0 for the first): 0 at k = 0, so that one update copies the model.
+
+    `constant`: d (1 - d^k) / (1 - d^(k+1)), an average with constant decay `d` whose start is corrected as Adam
+    corrects its moments (Kingma & Ba 2015, section 3), so that short runs are not pulled to their first weights.
+    `power`: min(1 - (1 + k)^-0.75, d) (Diffusion Policy, Chi et al. 2023; its code has d = 0.9999).
+    """
+    if schedule == "power":
+        return min(1 - math.pow(1 + k, -0.75), decay)
+    if decay >= 1:
+        return k / (k + 1)
+    return decay * (1 - math.pow(decay, k)) / (1 - math.pow(decay, k + 1))
+
+
+class EMA:
+    """Keeps a copy of a module whose parameters follow the module's.
+
+    Attributes:
+        module: The averaged copy, in evaluation mode and without gradients.
+        updates: Number of updates so far.
+    """
+
+    def __init__(self, source: nn.Module, schedule: Literal["constant", "power"] = "constant", decay: float = 0.999):
+        self.module: Any = copy.deepcopy(source).eval().requires_grad_(False)
+        self.schedule: Literal["constant", "power"] = schedule
+        self.decay = decay
+        self.updates = 0
+        self._average = [parameter.detach() for parameter in self.module.parameters()]
+        self._source = [parameter.detach() for parameter in source.parameters()]
+        # Buffers (normalizer statistics, tables) are not averaged: the copy follows them exactly.
+        self._buffers = list(zip(self.module.buffers(), source.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the module's present weights."""
+        decay = decay_at(self.updates, self.schedule, self.decay)
+        self.updates += 1
+        if decay == 0.0:  # an exact copy: lerp with weight 1 may round
+            torch._foreach_copy_(self._average, self._source)
+        else:
+            torch._foreach_lerp_(self._average, self._source, 1 - decay)
+        for average, source in self._buffers:
+            average.copy_(source)

@@ -1,0 +1,292 @@
+"""The training loop: any policy with a `loss`, any source of batches; resumable, measured, interruptible.
+
+    fit(policy, windows, held_out, config, out)
+
+writes `RUN/train.json`, `metrics.jsonl`, `checkpoints/best`, `checkpoints/last` (policy folders with EMA weights) and
+`training_state/`. A resumed run on one CPU process ends with the very weights of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dipole.errors import DipoleError
+from dipole.policies.checkpoint import save_policy
+from dipole.training.batches import EpochOrder, Loader, Source, shard
+from dipole.training.checkpoint import (
+    load_state,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+    save_state,
+)
+from dipole.training.config import TrainConfig
+from dipole.training.optim import learning_rate
+from dipole.training.plan import VALIDATIONS, Plan, make_plan
+from dipole.training.progress import ProgressBar
+from dipole.training.record import check_out, check_same, describe, read_record, write_record
+from dipole.training.result import Best, Evaluate, TrainResult
+from dipole.training.stopping import StopRequest
+from dipole.training.tracking import Trackers, open_trackers
+from dipole.training.update import Updater, make_accelerator
+from dipole.training.validation import HeldOutLoss
+
+EVALUATIONS = 4
+SAVE_SECONDS = 60.0
+# Several processes must stop at the same update; agreeing costs a message, so they ask each other now and then.
+_AGREE_EVERY = 10
+
+
+def fit(
+    policy: Any,
+    source: Source,
+    held_out: Source | None,
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    data: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    evaluate: Evaluate | None = None,
+    progress: bool | None = None,
+) -> TrainResult:
+    """Train a policy.
+
+    Args:
+        policy: Module with `config` (a dataclass), `loss(batch, generator)`, also as `forward`, and what `save_policy`
+            needs. Trained in place.
+        source: Training samples.
+        held_out: Samples for the held-out loss; None for none.
+        config: Settings.
+        out: Folder of the run: new or empty, or with `resume` the one to go on with.
+        data: What tells the dataset from another, stored and compared on resumption.
+        resume: Go on from the newest training state.
+        evaluate: `evaluate(policy) -> figures`, called now and then with the EMA policy; `score` (larger is better)
+            then chooses the best checkpoint.
+        progress: Show a progress bar on stderr; None only on a terminal.
+
+    Raises:
+        DipoleError: Settings, folder or disk are at fault, or the loss is not finite.
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after the state was saved.
+    """
+    out = Path(out)
+    accelerator = make_accelerator(config)
+    threads = torch.get_num_threads()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    try:
+        check_out(out, resume)
+        shard(config.batch_size, accelerator.process_index, accelerator.num_processes)
+        accelerator.wait_for_everyone()  # nobody writes before all have looked
+        described = describe(config, policy, data or {})
+        if resume:
+            record, plan = read_record(out)
+            check_same(record, described, out)
+        else:
+            windows = 0 if held_out is None else min(len(held_out), config.val_windows)
+            plan = make_plan(accelerator, policy, source, config, windows)
+            if accelerator.is_main_process:
+                write_record(out, described, plan)
+        trainer = Trainer(accelerator, policy, source, held_out, config, plan, out, evaluate)
+        return trainer.run(resume, progress)
+    finally:
+        torch.set_num_threads(threads)
+        accelerator.free_memory()
+
+
+class Trainer:
+    """The state of a run in this process. Use `fit`.
+
+    Attributes:
+        step: Updates done.
+        updater: Policy, optimizer, EMA.
+        best: Best checkpoint so far.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        policy: Any,
+        source: Source,
+        held_out: Source | None,
+        config: TrainConfig,
+        plan: Plan,
+        out: Path,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self.accelerator, self.source, self.config, self.plan, self.out = accelerator, source, config, plan, out
+        self.evaluate = evaluate
+        self.updater = Updater(accelerator, policy, config, plan.precision)
+        self.order = EpochOrder(len(source), config.batch_size, config.seed)
+        self.held_out = None
+        if held_out is not None:
+            most, size, seed = config.val_windows, config.batch_size, config.seed
+            self.held_out = HeldOutLoss(held_out, most, size, seed, accelerator.device, plan.precision)
+        self.step = self.started_at = 0
+        self.seconds = 0.0
+        self.best: Best | None = None
+        self.loss = math.nan
+        self.val_loss: float | None = None
+        # Sums since the last line of the log: loss, gradient norm, updates. On the device: no waiting for a GPU.
+        self.meter = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self.trackers = Trackers([])
+
+    def run(self, resume: bool, progress: bool | None) -> TrainResult:
+        """Train to the end, or to a request to stop."""
+        main = self.accelerator.is_main_process
+        if resume:
+            self._restore()
+        if main:
+            self.trackers = open_trackers(
+                self.config.track, self.out, self.step, {"batch_size": self.config.batch_size}
+            )
+            if not resume:
+                self._save()
+        loader = Loader.of(self.source, self.config, self.accelerator, self.step, self.plan.steps)
+        self._start_clocks(loader)
+        try:
+            with StopRequest() as stop, ProgressBar(self.plan.steps, self.step, progress if main else False) as bar:
+                for batch in loader:
+                    loss, norm = self.updater.update(batch, self.step, self.plan.steps)
+                    self.meter += torch.stack([loss, norm, torch.ones_like(loss)])
+                    self.step += 1
+                    self._after_update(loader, bar)
+                    if self._must_stop(stop):
+                        self._save()
+                        raise KeyboardInterrupt
+        finally:
+            self.trackers.close()
+        self.accelerator.wait_for_everyone()
+        return self._result()
+
+    def _after_update(self, loader: Loader, bar: ProgressBar) -> None:
+        last = self.step == self.plan.steps
+        if last or self.step % self.config.log_every == 0:
+            self._log(loader)
+            bar.show(self.step, loss=self.loss, val=self.val_loss)
+        bar.update(self.step)
+        if not self.accelerator.is_main_process:
+            return
+        if self.held_out is not None and (last or self._due(self.config.val_every, VALIDATIONS)):
+            val_loss = self.val_loss = self.held_out(self.updater.ema.module)
+            self.trackers.log(self.step, {"val_loss": val_loss})
+            if self.evaluate is None:
+                self._consider(Best("val_loss", val_loss, self.step))
+        if self.evaluate is not None and (last or self._due(self.config.eval_every, EVALUATIONS)):
+            figures = self.evaluate(self.updater.ema.module)
+            self.trackers.log(self.step, {f"eval/{name}": value for name, value in figures.items()})
+            self._consider(Best("score", figures["score"], self.step))
+        if last or self._save_due():
+            self._save()
+
+    def _due(self, every: int | None, times: int) -> bool:
+        return self.step % (every or max(1, self.plan.steps // times)) == 0
+
+    def _save_due(self) -> bool:
+        if self.config.save_every is not None:
+            return self.step % self.config.save_every == 0
+        return time.monotonic() - self._saved_at > SAVE_SECONDS
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop.received
+        if self.step % _AGREE_EVERY:
+            return False
+        asked = torch.tensor(float(stop.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+    def _start_clocks(self, loader: Loader) -> None:
+        now = time.monotonic()
+        self._began = self._saved_at = self._logged_at = now
+        self._before, self.started_at, self._logged_step, self._waited = self.seconds, self.step, self.step, 0.0
+
+    def _log(self, loader: Loader) -> None:
+        sums = self.accelerator.reduce(self.meter, "mean").tolist()
+        self.meter.zero_()
+        self.loss = sums[0] / sums[2]
+        if not math.isfinite(self.loss):
+            raise DipoleError(
+                f"the training loss is {self.loss} at update {self.step}: lower the learning rate, or look for odd "
+                f"values with `dipole inspect`; checkpoints in {self.out} are from before"
+            )
+        now = time.monotonic()
+        self.seconds = self._before + now - self._began
+        elapsed = max(now - self._logged_at, 1e-9)
+        self.trackers.log(
+            self.step,
+            {
+                "loss": self.loss,
+                "grad_norm": sums[1] / sums[2],
+                "lr": learning_rate(self.step - 1, self.plan.steps, self.config),
+                "epoch": self.order.epoch(self.step),
+                "seconds": self.seconds,
+                "samples_per_s": (self.step - self._logged_step) * self.config.batch_size / elapsed,
+                "data_wait": (loader.waited - self._waited) / elapsed,
+            },
+        )
+        self._logged_at, self._logged_step, self._waited = now, self.step, loader.waited
+
+    def _consider(self, candidate: Best) -> None:
+        if self.best is None or candidate.beats(self.best):
+            self.best = candidate
+            save_policy(self.updater.ema.module, self.out / "checkpoints" / "best")
+
+    def _save(self) -> None:
+        """Save the policy, then the state: a state never speaks of a checkpoint that is not there."""
+        if not self.accelerator.is_main_process:
+            return
+        if not math.isfinite(float(self.meter[0])):
+            raise DipoleError(f"the training loss is not finite at update {self.step}: lower the learning rate")
+        updater = self.updater
+        save_policy(updater.ema.module, self.out / "checkpoints" / "last")
+        tensors = {
+            "model": module_tensors(updater.policy),
+            "ema": module_tensors(updater.ema.module),
+            "optimizer": optimizer_tensors(updater.optimizer, updater.policy),
+            "loop": {"meter": self.meter},
+        }
+        values = {
+            "seconds": self.seconds,
+            "ema_updates": updater.ema.updates,
+            "loss": self.loss,
+            "val_loss": self.val_loss,
+            "best": None if self.best is None else [self.best.metric, self.best.value, self.best.step],
+        }
+        save_state(self.out / "training_state", self.step, tensors, values)
+        self._saved_at = time.monotonic()
+
+    def _restore(self) -> None:
+        state = load_state(self.out / "training_state")
+        if state is None:  # killed before the first save: begin again
+            return
+        updater = self.updater
+        restore_module(updater.policy, state.tensors["model"])
+        restore_module(updater.ema.module, state.tensors["ema"])
+        restore_optimizer(updater.optimizer, updater.policy, state.tensors["optimizer"])
+        self.meter.copy_(state.tensors["loop"]["meter"])
+        self.step = state.step
+        self.seconds, self.loss, self.val_loss = (state.values[key] for key in ("seconds", "loss", "val_loss"))
+        updater.ema.updates = state.values["ema_updates"]
+        self.best = Best(*state.values["best"]) if state.values["best"] else None
+
+    def _result(self) -> TrainResult:
+        done = self.step - self.started_at
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        return TrainResult(
+            out=self.out,
+            steps=self.step,
+            seconds=self.seconds,
+            loss=self.loss,
+            val_loss=self.val_loss,
+            best=self.best,
+            samples_per_s=done * self.config.batch_size / elapsed,
+            precision=self.plan.precision,
+            resumed_from=self.started_at,
+        )

@@ -1,0 +1,80 @@
+"""One update: loss, gradients, clipping, AdamW, EMA; the same arithmetic for one process and for several."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Generator, Tensor
+
+from dipole.training.config import TrainConfig
+from dipole.training.draws import ShardedDraws
+from dipole.training.ema import EMA
+from dipole.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
+from dipole.training.precision import PrecisionName, autocast
+from dipole.training.seeding import generator, seed_global
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator: device, and process group when launched by `accelerate launch` or `torchrun`."""
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    # Buffers (normalizer statistics, tables) never change, so they are not sent round at every update. Precision is
+    # ours to choose, after a measurement.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
+
+
+def batch_rows(batch: dict[str, Tensor]) -> int:
+    """Return the number of rows of a batch."""
+    return len(next(iter(batch.values())))
+
+
+class Updater:
+    """A policy being trained: its weights, optimizer and EMA.
+
+    Attributes:
+        policy: The policy (raw weights), on the accelerator's device.
+        ema: Its average.
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, accelerator: Accelerator, policy: Any, config: TrainConfig, precision: PrecisionName) -> None:
+        self.accelerator, self.config, self.precision = accelerator, config, precision
+        self.device = accelerator.device
+        self.policy = policy.to(self.device).train()
+        self.ema = EMA(policy, config.ema, config.ema_decay)
+        self.optimizer = make_optimizer(policy, config)
+        self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self._model, self._stepper = accelerator.prepare(policy, self.optimizer)
+        objective = getattr(getattr(policy, "config", None), "objective", None)
+        self._masked = accelerator.num_processes > 1 and getattr(objective, "mask_padding", False)
+
+    def update(self, batch: dict[str, Tensor], step: int, total: int) -> tuple[Tensor, Tensor]:
+        """Do update `step` of `total` and return loss and gradient norm, both on the device."""
+        set_learning_rate(self.optimizer, learning_rate(step, total, self.config))
+        seed_global(self.device, self.config.seed, "dropout", step, self.accelerator.process_index)
+        noise = generator(self.config.seed, "noise", step)
+        with self._draws(noise, batch_rows(batch)), autocast(self.device, self.precision):
+            loss = self._model(batch, noise)
+        if self._masked:
+            loss = loss * self._share(batch)
+        self.accelerator.backward(loss)
+        norm = clip(self.parameters, self.config.grad_clip)
+        self._stepper.step()
+        self._stepper.zero_grad()
+        self.ema.update()
+        return loss.detach(), norm
+
+    def _draws(self, noise: Generator, rows: int) -> AbstractContextManager[Any]:
+        if self.accelerator.num_processes == 1 and self.device.type == "cpu":
+            return nullcontext()
+        return ShardedDraws(noise, self.accelerator.process_index, self.accelerator.num_processes, rows)
+
+    def _share(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the factor that makes the mean over processes of masked means the mean over the whole batch."""
+        ours = (~batch["action_is_pad"]).sum().float()
+        share: Tensor = ours / self.accelerator.reduce(ours, "mean").clamp(min=1)
+        return share

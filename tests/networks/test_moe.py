@@ -212,9 +212,10 @@ def _cast(network):
     network.float().double()
 
 
-@pytest.mark.parametrize(
-    "change", [_optimizer_step, _fused_optimizer_step, _one_expert, _data_write, _load, _replace, _cast]
-)
+CHANGES = [_optimizer_step, _fused_optimizer_step, _one_expert, _data_write, _load, _replace, _cast]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_any_change_of_the_weights_invalidates_the_cache(change):
     network = make()
     x, cond = inputs()
@@ -412,6 +413,17 @@ def test_gradients_reach_router_and_chosen_experts_only():
     used = {e for e in range(4) if experts.w1.grad[e].abs().sum() > 0}
     assert used == set(routing.selected[0].tolist())
     assert router.logits[0].weight.grad.abs().sum() > 0
+
+
+def test_half_precision_weights_take_float32_times():
+    network = make(dtype=torch.bfloat16)
+    x, cond = inputs(dtype=torch.bfloat16)
+    time = times(0.5, dtype=torch.float32).expand(3)
+    routed = network(x, time, cond)
+    assert routed.dtype == torch.bfloat16
+    with torch.no_grad():
+        # bfloat16 has eight bits: a few hundredths of outputs of order one
+        torch.testing.assert_close(network.prepare(time[:1])(x, time, cond), routed, rtol=0.1, atol=0.05)
 
 
 def test_fingerprint_is_stable():

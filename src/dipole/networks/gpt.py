@@ -160,7 +160,7 @@ class GPT(nn.Module):
         first = self.goal_horizon
         position = self.position[first : first + length]
         pairs = torch.stack([self.embed_obs(cond_set(cond, "obs")) + position, self.embed_action(x) + position], dim=2)
-        parts = [self.embed_sigma(sigma_feature(time)).unsqueeze(1)]
+        parts = [self.embed_sigma(sigma_feature(time).to(x.dtype)).unsqueeze(1)]
         if self.goal_horizon:
             parts.append(self.dropout(self.embed_obs(cond_set(cond, "goal")) + self.position[:first]))
         parts.append(self.dropout(pairs.flatten(1, 2)))

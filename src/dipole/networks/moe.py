@@ -244,7 +244,7 @@ class MoDE(nn.Module):
 
     def noise_embedding(self, time: Tensor) -> Tensor:
         """Return c `[B, C]` for network times `[B]`."""
-        return self.embed_noise(sigma_feature(time))
+        return self.embed_noise(sigma_feature(time).to(self.position.dtype))
 
     def denoise(
         self,

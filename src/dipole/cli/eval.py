@@ -1,0 +1,160 @@
+"""Evaluate a policy on unseen seeds: success with its interval, score, latency; rerun with --json, it is the same.
+
+Everything but the block "timing" of the JSON document is reproducible to the digit on one machine, whatever --num-envs.
+
+Examples:
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --episodes 50
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --sampler ddim --steps 10 --videos 4
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --sweep ddim:1 ddim:2 ddim:5 ddim:10
+  dipole eval runs/peg/checkpoints/last --env metaworld/peg-insert-side-v3 --json
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from dipole.evaluation.evaluate import Evaluation
+    from dipole.evaluation.sweep import SamplerResult
+
+
+@dataclass
+class Args:
+    """Options of `dipole eval`."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder (its best, else its last checkpoint), or a checkpoint folder."""
+    env: str
+    """Environment (see `dipole env list`)."""
+    episodes: int = 50
+    """Number of episodes."""
+    seed: int = 0
+    """Which block of evaluation seeds: different blocks share no episode with each other or with demonstrations."""
+    num_envs: int = 16
+    """Environments run at once. Does not change the result."""
+    sampler: str | None = None
+    """Sampler in place of the policy's own, e.g. ddim, euler, dpmpp-2m."""
+    steps: int | None = None
+    """Denoising steps in place of the policy's own."""
+    sweep: tuple[str, ...] = ()
+    """Compare these samplers, written name:steps, on the same seeds, and write samplers.json."""
+    videos: int = 0
+    """Film this many episodes (the first ones)."""
+    max_steps: int | None = None
+    """Longest episode in env steps, in place of the environment's own."""
+    mode: Literal["sync", "async", "native"] | None = None
+    """How environments run at once: one after the other, or in worker processes (async)."""
+    device: str = "cpu"
+    """Where the policy runs: cpu or cuda."""
+    out: Path | None = None
+    """Folder for evaluation.json, videos and so on (default RUN)."""
+    json: bool = False
+    """Print one JSON document and nothing else."""
+
+
+def run(args: Args) -> None:
+    """Evaluate, save, print."""
+    from dipole.envs import make
+    from dipole.evaluation.seeds import episode_seeds, first_seed
+    from dipole.evaluation.sweep import parse_sampler
+    from dipole.policies import load_policy
+
+    seed = first_seed(args.seed)
+    episode_seeds(seed, args.episodes)  # an impossible number is reported before the policy is loaded
+    policy = load_policy(args.run, args.device)
+    samplers = [parse_sampler(text, policy.sampler) for text in args.sweep]
+    if args.sampler is not None or args.steps is not None:
+        steps = "" if args.steps is None else f":{args.steps}"
+        policy = policy.with_sampler(parse_sampler(f"{args.sampler or ''}{steps}", policy.sampler))
+    folder = args.run if args.out is None else args.out
+    env = make(args.env, num_envs=max(1, min(args.num_envs, args.episodes)), mode=args.mode)
+    options = {"episodes": args.episodes, "seed": seed, "max_steps": args.max_steps}
+    try:
+        if samplers:
+            _sweep(args, policy, env, samplers, folder, options)
+        else:
+            _evaluate(args, policy, env, folder, options)
+    finally:
+        env.close()
+
+
+def _evaluate(args: Args, policy: Any, env: Any, folder: Path, options: dict[str, Any]) -> None:
+    from dipole.evaluation.chain import record_chain, save_chain
+    from dipole.evaluation.evaluate import FILE, evaluate
+    from dipole.evaluation.progress import EpisodeBar
+
+    with EpisodeBar(args.episodes) as bar:
+        evaluation = evaluate(policy, env, videos=args.videos, folder=folder, progress=bar, **options)
+    evaluation.save(folder / FILE)
+    if hasattr(policy, "denoising_chain"):
+        save_chain(folder, record_chain(policy, env, options["seed"]))
+    if args.json:
+        _dump(evaluation.to_json())
+    else:
+        _print_evaluation(evaluation, folder / FILE)
+
+
+def _sweep(args: Args, policy: Any, env: Any, samplers: list[Any], folder: Path, options: dict[str, Any]) -> None:
+    from dipole.evaluation.progress import EpisodeBar
+    from dipole.evaluation.sweep import FILE, save_sweep, sweep
+    from dipole.serialization import to_dict
+
+    with EpisodeBar(args.episodes * len(samplers)) as bar:
+        results = sweep(policy, env, samplers, progress=bar, **options)
+    save_sweep(folder, results)
+    if args.json:
+        _dump([to_dict(result) for result in results])
+    else:
+        _print_sweep(results, folder / FILE)
+
+
+def _dump(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _print_evaluation(evaluation: Evaluation, path: Path) -> None:
+    from dipole.evaluation.report import number, percent
+
+    success, wins = evaluation.success, int(evaluation.column("success").sum())
+    interval = f"{100 * success.confidence:g} % interval {percent(success.low)} to {percent(success.high)} %"
+    rows = [("success", f"{percent(success.value)} % ({wins} of {evaluation.num_episodes}; {interval})")]
+    if evaluation.score_name != "success":
+        score = evaluation.score
+        name = evaluation.score_name.replace("_", " ")
+        rows.append((name, f"{number(score.value)} (interval {number(score.low)} to {number(score.high)})"))
+    rows.append(("length", f"{evaluation.length.value:.1f} env steps"))
+    for latency in evaluation.timing["latency"]:
+        threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
+        rows.append(
+            ("latency", f"{number(latency['p50_ms'])} ms per chunk (p95 {number(latency['p95_ms'])} ms; {threads})")
+        )
+    if evaluation.policy["nfe"]:
+        rows.append(("nfe", f"{evaluation.policy['nfe']} network calls per chunk"))
+    rows.append(("fingerprint", evaluation.fingerprint))
+    rows += [("note", note) for note in evaluation.notes]
+    for label, value in rows:
+        print(f"{label:12s}{value}")
+    print(f"saved in {path}")
+
+
+def _print_sweep(results: list[SamplerResult], path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dipole.evaluation.report import number, percent
+
+    table = Table("sampler", "steps", "nfe", "success, %", "interval", "score", "ms per chunk", "p95")
+    for row in results:
+        table.add_row(
+            row.sampler, str(row.num_steps), number(row.nfe), percent(row.success),
+            f"{percent(row.low)} to {percent(row.high)}", number(row.score),
+            number(row.latency_ms_p50), number(row.latency_ms_p95),
+        )  # fmt: skip
+    Console().print(table)
+    print(f"saved in {path}")

@@ -1,0 +1,201 @@
+"""The report of a run: one HTML page that needs nothing but itself, rebuilt at any time from the run folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dipole.envs.seeds import EVAL_SEED
+from dipole.errors import MissingExtraError
+from dipole.evaluation.evaluate import Evaluation
+from dipole.evaluation.plots import chain_figure, latency_figure, loss_figure
+from dipole.evaluation.report_data import ReportData, read_report_data
+from dipole.evaluation.seeds import BLOCK_SIZE
+from dipole.serialization import write_text
+
+FILE = "report.html"
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write the report of a run folder.
+
+    Args:
+        run: The run folder.
+        out: The page; default `RUN/report.html`.
+
+    Returns:
+        The page.
+
+    Raises:
+        DipoleError: There is nothing to report on, or the page cannot be written.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    out = run / FILE if out is None else out
+    write_text(out, render(read_report_data(run)))
+    return out
+
+
+def render(data: ReportData) -> str:
+    """Return the page."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError:
+        raise MissingExtraError("jinja2", "report") from None
+    environment = Environment(
+        loader=PackageLoader("dipole.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(percent=percent, number=number, duration=duration)
+    figures = {name: None if svg is None else Markup(svg) for name, svg in _figures(data).items()}
+    evaluation = data.evaluation
+    return environment.get_template("report.html").render(
+        data=data,
+        evaluation=evaluation,
+        title=data.summary.title or (evaluation.task if evaluation else "") or data.run,
+        figures=figures,
+        facts=[] if evaluation is None else headline(evaluation),
+        unseen=evaluation is not None and is_unseen(evaluation),
+        done=what_was_done(data),
+        commands=commands(data),
+    )
+
+
+def _figures(data: ReportData) -> dict[str, str | None]:
+    metric = "success" if data.evaluation is None or data.evaluation.score_name == "success" else "score"
+    has_loss = any(isinstance(row.get("loss"), int | float) for row in data.metrics)
+    makers: dict[str, Callable[[], str | None]] = {
+        "loss": lambda: loss_figure(data.metrics) if has_loss else None,
+        "latency": lambda: latency_figure(data.samplers, metric),  # type: ignore[arg-type]
+        "chain": lambda: chain_figure(data.chain) if data.chain else None,
+    }
+    return {name: make() for name, make in makers.items()}
+
+
+def headline(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """Return the facts beside the big number: label, value, remark."""
+    length, facts = evaluation.length, []
+    if evaluation.score_name != "success":
+        name = {"max_reward": "largest reward", "return": "return"}[evaluation.score_name]
+        score = evaluation.score
+        facts.append((name, number(score.value), f"{number(score.low)} to {number(score.high)}"))
+    facts.append(("episode length", f"{length.value:.0f}", f"steps, at most {evaluation.settings['max_steps']}"))
+    if evaluation.timing["latency"]:
+        latency = evaluation.timing["latency"][0]
+        calls = evaluation.policy["nfe"]
+        remark = f"p95 {number(latency['p95_ms'])} ms" + (f", {calls} network calls" if calls else "")
+        facts.append(("per chunk", f"{number(latency['p50_ms'])} ms", remark))
+    if evaluation.policy["parameters"]:
+        facts.append(("parameters", magnitude(evaluation.policy["parameters"]), str(evaluation.policy["type"])))
+    return facts
+
+
+def is_unseen(evaluation: Evaluation) -> bool:
+    """Return whether the seeds are from the range that neither demonstrations nor checkpoint selection use."""
+    return int(evaluation.settings["first_seed"]) >= EVAL_SEED
+
+
+def what_was_done(data: ReportData) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return groups of facts: a heading, and label and value pairs."""
+    evaluation, summary, train = data.evaluation, data.summary, data.train or {}
+    groups: list[tuple[str, list[tuple[str, str]]]] = []
+    demonstrations = summary.data or _known(train.get("data"), ("episodes", "frames"))
+    if demonstrations:
+        groups.append(("Demonstrations", _texts(demonstrations)))
+    training = summary.training or _training(train, data.metrics)
+    if training:
+        groups.append(("Training", _texts(training)))
+    if evaluation is not None:
+        policy, settings = evaluation.policy, evaluation.settings
+        sampler = policy["sampler"] or {}
+        seeds = evaluation.episodes["seed"]
+        facts = {
+            "environment": evaluation.env,
+            "episodes": f"{evaluation.num_episodes}, seeds {seeds[0]} to {seeds[-1]}"
+            + (", kept for evaluation" if is_unseen(evaluation) else ""),
+            "an episode ends": f"after {settings['max_steps']} steps"
+            + (", or at success" if settings["stop_on_success"] else ""),
+            "policy": f"{policy['type']}, {policy['parameters']:,} parameters",
+            "horizons": f"sees {policy['obs_horizon']}, denoises {policy['pred_horizon']}, "
+            f"executes {policy['action_horizon']}",
+        }
+        if sampler:
+            facts["sampler"] = f"{sampler.get('name')}, {sampler.get('num_steps')} steps"
+        groups.append(("Evaluation", _texts(facts)))
+    return groups
+
+
+def commands(data: ReportData) -> list[str]:
+    """Return the commands that repeat the run; at least the evaluation's."""
+    if data.summary.commands:
+        return list(data.summary.commands)
+    evaluation = data.evaluation
+    if evaluation is None:
+        return []
+    block, offset = divmod(evaluation.settings["first_seed"] - EVAL_SEED, BLOCK_SIZE)
+    if offset:
+        return []
+    words = f"dipole eval {data.run} --env {evaluation.env} --episodes {evaluation.num_episodes} --seed {block}"
+    return [words, f"dipole report {data.run}"]
+
+
+def _known(values: Any, keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: values[key] for key in keys if key in values} if isinstance(values, dict) else {}
+
+
+def _training(train: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    facts = {**_known(train.get("plan"), ("steps", "precision")), **_known(train.get("train"), ("batch_size", "lr"))}
+    timed = [row["seconds"] for row in metrics if isinstance(row.get("seconds"), int | float)]
+    if timed:
+        facts["time"] = duration(timed[-1])
+    return facts
+
+
+def _texts(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    def text(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return str(value)
+        return f"{value:,}" if isinstance(value, int) else number(value)
+
+    return [(label.replace("_", " "), text(value)) for label, value in facts.items()]
+
+
+def percent(value: float) -> str:
+    """Return a share as whole percent, but never 0 or 100 for what is only nearly so."""
+    whole = round(100 * value)
+    if whole == 0 and value > 0:
+        return "< 1"
+    return "> 99" if whole == 100 and value < 1 else str(whole)
+
+
+def number(value: float | None) -> str:
+    """Return a number with three significant digits and no exponent where it can be read without."""
+    if value is None:
+        return "–"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    if -4 < digits <= 6:
+        text = f"{value:,.{max(0, digits)}f}"
+        return text.replace("-", "−")
+    return f"{value:.3g}"
+
+
+def magnitude(value: int) -> str:
+    """Return a count as 950, 12 k, 3.4 M or 1.1 B."""
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.{1 if value < 10 * limit else 0}f} {unit}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as 4.2 s, 3 min 20 s or 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -22,7 +22,7 @@ from dipole.data.features import Feature
 from dipole.errors import DipoleError
 
 FPS = 10.0
-TASK = "Push the T-shaped block onto the T-shaped target."
+TASK = "Push the T-shaped block onto the T-shaped outline."
 
 # Corners of the T in its own frame, in the order of gym-pusht's physics shapes (scale 30: bar 120 x 30, stem 30 x 90).
 CORNERS = np.array(
@@ -58,7 +58,9 @@ def from_raw(columns: dict[str, np.ndarray], ends: np.ndarray) -> Episodes:
     state = np.asarray(columns["state"], dtype=np.float32)
     features = {
         "observation.state": Feature("float32", (2,), ("agent_x", "agent_y")),
-        "observation.environment_state": Feature("float32", (16,)),
+        "observation.environment_state": Feature(
+            "float32", (16,), tuple(f"{axis}{k}" for k in range(8) for axis in "xy")
+        ),
         "action": Feature("float32", (2,), ("target_x", "target_y")),
         "task_index": Feature("int64", (1,)),
     }

@@ -1,0 +1,127 @@
+"""Look at a dataset: counts, ranges, and defects such as NaN, constant dimensions or repeated frames.
+
+Reads LeRobotDataset v3.0, v2.1 and v2.0, Minari, zarr replay buffers, npz archives and robomimic files, from a path or
+by name from the Hugging Face Hub.
+
+Examples:
+  dipole inspect runs/demos
+  dipole inspect lerobot/pusht --no-images --json
+  dipole inspect demos.npz --plot runs/demos-plots
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "dim"}
+_DIMENSIONS_SHOWN = 8
+
+
+@dataclass
+class Args:
+    """Options of `dipole inspect`."""
+
+    path: tyro.conf.Positional[str]
+    """A file or folder, or ORGANISATION/NAME[@REVISION] on the Hugging Face Hub."""
+    images: bool = True
+    """Also read pictures and videos."""
+    plot: Path | None = None
+    """Draw lengths, actions and camera pictures into this folder."""
+    json: bool = False
+    """Print one JSON document and nothing else."""
+
+
+def run(args: Args) -> None:
+    """Print the inspection."""
+    from rich.console import Console
+
+    from dipole.data.inspection import inspect
+    from dipole.data.loading import load
+
+    errors = Console(stderr=True)
+    with errors.status(f"reading {args.path}"):
+        episodes = load(args.path, images=args.images, allow_nan=True)
+        report = {"path": args.path, **inspect(episodes)}
+        if args.plot is not None:
+            from dipole.data.plots import plot
+
+            report["plots"] = [str(file) for file in plot(episodes, report, args.plot)]
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=1))
+        return
+    _show(report, Console())
+
+
+def _show(report: dict[str, Any], console: Console) -> None:
+    from rich.markup import escape
+
+    lengths = report["lengths"]
+    console.print(
+        f"[bold]{escape(report['path'])}[/]: {report['num_episodes']} episodes, {report['num_frames']} frames, "
+        f"{report['fps']:g} fps, {report['seconds'] / 60:.1f} minutes"
+    )
+    console.print(
+        f"frames per episode: {lengths['min']} to {lengths['max']}, mean {lengths['mean']:.1f}, "
+        f"median {lengths['median']:g}"
+    )
+    if report["success"] is not None:
+        console.print(f"successful episodes: {report['success']} of {report['num_episodes']}")
+    for task, frames in report["tasks"].items():
+        console.print(f"task: {escape(task)} ({frames} frames)")
+    console.print(_feature_table(report["features"]))
+    if report["actions"]:
+        console.print(_action_table(report["actions"]))
+    if not report["findings"]:
+        console.print("[green]no defects found[/]")
+    for finding in report["findings"]:
+        console.print(f"[{_COLOURS[finding['level']]}]{finding['level']}[/]: {escape(finding['text'])}")
+    for file in report.get("plots", []):
+        console.print(f"drawn: {escape(file)}")
+
+
+def _feature_table(features: dict[str, dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("feature", "type", "shape", "min", "max", "mean", "std", title="features", title_justify="left")
+    for key, row in features.items():
+        shape = " x ".join(str(n) for n in row["shape"])
+        cells = [_numbers(row.get(name)) for name in ("min", "max", "mean", "std")]
+        table.add_row(key, row["dtype"], shape, *cells)
+    return table
+
+
+def _numbers(values: list[float] | None) -> str:
+    """Return the values of a few dimensions, or the extremes of many."""
+    if not values:
+        return ""
+    if len(values) <= 3:
+        return " ".join(f"{value:.4g}" for value in values)
+    return f"{min(values):.4g} .. {max(values):.4g}"
+
+
+def _action_table(histograms: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("action", "min", "histogram", "max", title="actions", title_justify="left")
+    for row in histograms[:_DIMENSIONS_SHOWN]:
+        table.add_row(row["name"], f"{row['low']:.4g}", _bars(row["counts"]), f"{row['high']:.4g}")
+    rest = len(histograms) - _DIMENSIONS_SHOWN
+    if rest > 0:
+        table.add_row(f"({rest} more: --json or --plot)", "", "", "")
+    return table
+
+
+def _bars(counts: list[int]) -> str:
+    """Return a histogram as block characters; a bin that holds anything at all is visible."""
+    most = max(*counts, 1)
+    return "".join(_BARS[0 if count == 0 else max(1, round(count / most * (len(_BARS) - 1)))] for count in counts)

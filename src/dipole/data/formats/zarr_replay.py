@@ -1,0 +1,93 @@
+"""diffusion_policy's ReplayBuffer: a zarr group with `data/<name>` [N, ...] and `meta/episode_ends` [E] (extra `data`).
+
+Written by zarr 2 as a folder or as `.zarr.zip`; read through zarr 3. Names of arrays: see `raw`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dipole.data.episodes import Episodes
+from dipole.data.formats import raw
+from dipole.data.storage import allocate
+from dipole.errors import DipoleError, MissingExtraError
+
+_READ_BYTES = 32 * 2**20
+
+
+def read(path: str | Path, fps: float | None = None, images: bool = True, allow_nan: bool = False) -> Episodes:
+    """Read a replay buffer.
+
+    Args:
+        path: The folder or the zip file.
+        fps: Frames per second; None takes 10.
+        images: Whether to read pictures.
+        allow_nan: Whether NaN and infinity are let through.
+
+    Raises:
+        DipoleError: It is incomplete, damaged, packed with a codec that is not installed, or holds Python objects.
+    """
+    path = Path(path)
+    if (path / ".zarray").is_file():
+        raise DipoleError(
+            f"{path} is a single array and does not say where episodes end: load the numbers that belong to it, then "
+            "add it with dipole.data.pusht.with_images"
+        )
+    group = _open(path, "open_group")
+    for name in ("data", "meta/episode_ends"):
+        if name not in group:
+            raise DipoleError(f"{path} has no '{name}': it is no replay buffer, or is incomplete")
+    ends = _load(group["meta/episode_ends"], path, "meta/episode_ends")
+    columns = {}
+    for name, array in group["data"].arrays():
+        if images or len(array.shape) < 4:
+            columns[name] = _load(array, path, f"data/{name}")
+    return raw.to_episodes(columns, ends, path, fps, allow_nan)
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    """Return a single zarr array (not a group), on disk when it is large."""
+    return _load(_open(Path(path), "open_array"), Path(path), "the array")
+
+
+def _open(path: Path, opener: str) -> Any:
+    try:
+        import zarr
+    except ImportError:
+        raise MissingExtraError("zarr", "data") from None
+    if not path.exists():
+        raise DipoleError(f"there is no {path}")
+    try:
+        store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else str(path)
+        return getattr(zarr, opener)(store, mode="r")
+    except Exception as error:  # zarr raises whatever its JSON, codec and zip readers raise
+        kind = "group" if opener == "open_group" else "array"
+        raise DipoleError(f"{path} is not a whole zarr {kind} ({_line(error)}): copy or download it again") from None
+
+
+def _load(array: Any, path: Path, name: str) -> np.ndarray:
+    """Return the values, read a few chunks at a time."""
+    what = f"{path}: '{name}'"
+    # Objects would be unpickled by a codec: refused before anything is read.
+    if np.dtype(array.dtype).kind not in "fiub":
+        raise DipoleError(f"{what} is of type {array.dtype}: only numbers are read, never Python objects")
+    if array.nchunks_initialized < array.nchunks:
+        absent = array.nchunks - array.nchunks_initialized
+        raise DipoleError(f"{what} lacks {absent} of its {array.nchunks} chunk files: copy or download it again")
+    out = allocate(array.shape, np.dtype(array.dtype), what)
+    chunk = array.chunks[0] if array.shape else 1
+    row_bytes = max(1, out.nbytes // max(1, len(out)))
+    rows = max(chunk, _READ_BYTES // row_bytes // chunk * chunk)
+    try:
+        for start in range(0, len(out), rows):
+            out[start : start + rows] = array[start : start + rows]
+    except Exception as error:
+        raise DipoleError(f"{what} cannot be unpacked ({_line(error)}): damaged, or a codec is missing") from None
+    return out
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

@@ -81,7 +81,6 @@ def sweep(
     policy: Any,
     env: Any,
     samplers: Sequence[SamplerConfig],
-    *,
     **options: Any,
 ) -> list[SamplerResult]:
     """Evaluate a policy with each sampler on the same seeds.

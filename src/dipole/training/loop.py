@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dipole.errors import DipoleError
 from dipole.policies.checkpoint import save_policy
 from dipole.training.batches import EpochOrder, Loader, Source, shard
 from dipole.training.checkpoint import (
+    TrainingState,
     load_state,
     module_tensors,
     optimizer_tensors,
@@ -35,7 +37,7 @@ from dipole.training.progress import ProgressBar
 from dipole.training.record import check_out, check_same, describe, read_record, write_record
 from dipole.training.result import Best, Evaluate, TrainResult
 from dipole.training.stopping import StopRequest
-from dipole.training.tracking import Trackers, open_trackers
+from dipole.training.tracking import Trackers, check_trackers, open_trackers
 from dipole.training.update import Updater, make_accelerator
 from dipole.training.validation import HeldOutLoss
 
@@ -83,71 +85,81 @@ def fit(
         torch.set_num_threads(config.num_threads)
     try:
         check_out(out, resume)
+        check_trackers(config.track)
         shard(config.batch_size, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()  # nobody writes before all have looked
         described = describe(config, policy, data or {})
+        state = None
         if resume:
             record, plan = read_record(out)
             check_same(record, described, out)
+            state = load_state(out / "training_state")  # None: killed before the first save, so begin again
         else:
             windows = 0 if held_out is None else min(len(held_out), config.val_windows)
             plan = make_plan(accelerator, policy, source, config, windows)
             if accelerator.is_main_process:
                 write_record(out, described, plan)
         trainer = Trainer(accelerator, policy, source, held_out, config, plan, out, evaluate)
-        return trainer.run(resume, progress)
+        if state is not None:
+            trainer.restore(state)
+        return trainer.run(described, progress)
     finally:
         torch.set_num_threads(threads)
         accelerator.free_memory()
 
 
+@dataclass
 class Trainer:
-    """The state of a run in this process. Use `fit`.
+    """A run in this process: see `fit`, which makes it.
 
     Attributes:
+        accelerator: Device and processes.
+        policy: The policy, trained in place.
+        source: Training samples.
+        held_out: Held-out samples.
+        config: Settings.
+        plan: What was decided at the start.
+        out: Folder.
+        evaluate: Evaluation in an environment.
         step: Updates done.
-        updater: Policy, optimizer, EMA.
+        seconds: Time they took.
         best: Best checkpoint so far.
+        loss: Mean loss of the last log interval.
+        val_loss: Last held-out loss.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        policy: Any,
-        source: Source,
-        held_out: Source | None,
-        config: TrainConfig,
-        plan: Plan,
-        out: Path,
-        evaluate: Evaluate | None,
-    ) -> None:
-        self.accelerator, self.source, self.config, self.plan, self.out = accelerator, source, config, plan, out
-        self.evaluate = evaluate
-        self.updater = Updater(accelerator, policy, config, plan.precision)
-        self.order = EpochOrder(len(source), config.batch_size, config.seed)
-        self.held_out = None
-        if held_out is not None:
-            most, size, seed = config.val_windows, config.batch_size, config.seed
-            self.held_out = HeldOutLoss(held_out, most, size, seed, accelerator.device, plan.precision)
-        self.step = self.started_at = 0
-        self.seconds = 0.0
-        self.best: Best | None = None
-        self.loss = math.nan
-        self.val_loss: float | None = None
+    accelerator: Accelerator
+    policy: Any
+    source: Source
+    held_out: Source | None
+    config: TrainConfig
+    plan: Plan
+    out: Path
+    evaluate: Evaluate | None = None
+    step: int = 0
+    seconds: float = 0.0
+    best: Best | None = None
+    loss: float = math.nan
+    val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        config, device = self.config, self.accelerator.device
+        self.updater = Updater(self.accelerator, self.policy, config, self.plan.precision)
+        self.order = EpochOrder(len(self.source), config.batch_size, config.seed)
+        self.measure: HeldOutLoss | None = None
+        if self.held_out is not None:
+            most, size = config.val_windows, config.batch_size
+            self.measure = HeldOutLoss(self.held_out, most, size, config.seed, device, self.plan.precision)
         # Sums since the last line of the log: loss, gradient norm, updates. On the device: no waiting for a GPU.
-        self.meter = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self.meter = torch.zeros(3, dtype=torch.float64, device=device)
         self.trackers = Trackers([])
 
-    def run(self, resume: bool, progress: bool | None) -> TrainResult:
+    def run(self, described: Mapping[str, Any], progress: bool | None) -> TrainResult:
         """Train to the end, or to a request to stop."""
         main = self.accelerator.is_main_process
-        if resume:
-            self._restore()
         if main:
-            self.trackers = open_trackers(
-                self.config.track, self.out, self.step, {"batch_size": self.config.batch_size}
-            )
-            if not resume:
+            self.trackers = open_trackers(self.config.track, self.out, self.step, described)
+            if self.step == 0:
                 self._save()
         loader = Loader.of(self.source, self.config, self.accelerator, self.step, self.plan.steps)
         self._start_clocks(loader)
@@ -166,6 +178,18 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return self._result()
 
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a saved state."""
+        updater = self.updater
+        restore_module(updater.policy, state.tensors["model"])
+        restore_module(updater.ema.module, state.tensors["ema"])
+        restore_optimizer(updater.optimizer, updater.policy, state.tensors["optimizer"])
+        self.meter.copy_(state.tensors["loop"]["meter"])
+        self.step = state.step
+        self.seconds, self.loss, self.val_loss = (state.values[key] for key in ("seconds", "loss", "val_loss"))
+        updater.ema.updates = state.values["ema_updates"]
+        self.best = Best(*state.values["best"]) if state.values["best"] else None
+
     def _after_update(self, loader: Loader, bar: ProgressBar) -> None:
         last = self.step == self.plan.steps
         if last or self.step % self.config.log_every == 0:
@@ -174,8 +198,8 @@ class Trainer:
         bar.update(self.step)
         if not self.accelerator.is_main_process:
             return
-        if self.held_out is not None and (last or self._due(self.config.val_every, VALIDATIONS)):
-            val_loss = self.val_loss = self.held_out(self.updater.ema.module)
+        if self.measure is not None and (last or self._due(self.config.val_every, VALIDATIONS)):
+            val_loss = self.val_loss = self.measure(self.updater.ema.module)
             self.trackers.log(self.step, {"val_loss": val_loss})
             if self.evaluate is None:
                 self._consider(Best("val_loss", val_loss, self.step))
@@ -205,7 +229,7 @@ class Trainer:
     def _start_clocks(self, loader: Loader) -> None:
         now = time.monotonic()
         self._began = self._saved_at = self._logged_at = now
-        self._before, self.started_at, self._logged_step, self._waited = self.seconds, self.step, self.step, 0.0
+        self._before, self._started_at, self._logged_step, self._waited = self.seconds, self.step, self.step, 0.0
 
     def _log(self, loader: Loader) -> None:
         sums = self.accelerator.reduce(self.meter, "mean").tolist()
@@ -262,22 +286,8 @@ class Trainer:
         save_state(self.out / "training_state", self.step, tensors, values)
         self._saved_at = time.monotonic()
 
-    def _restore(self) -> None:
-        state = load_state(self.out / "training_state")
-        if state is None:  # killed before the first save: begin again
-            return
-        updater = self.updater
-        restore_module(updater.policy, state.tensors["model"])
-        restore_module(updater.ema.module, state.tensors["ema"])
-        restore_optimizer(updater.optimizer, updater.policy, state.tensors["optimizer"])
-        self.meter.copy_(state.tensors["loop"]["meter"])
-        self.step = state.step
-        self.seconds, self.loss, self.val_loss = (state.values[key] for key in ("seconds", "loss", "val_loss"))
-        updater.ema.updates = state.values["ema_updates"]
-        self.best = Best(*state.values["best"]) if state.values["best"] else None
-
     def _result(self) -> TrainResult:
-        done = self.step - self.started_at
+        done = self.step - self._started_at
         elapsed = max(time.monotonic() - self._began, 1e-9)
         return TrainResult(
             out=self.out,
@@ -288,5 +298,5 @@ class Trainer:
             best=self.best,
             samples_per_s=done * self.config.batch_size / elapsed,
             precision=self.plan.precision,
-            resumed_from=self.started_at,
+            resumed_from=self._started_at,
         )

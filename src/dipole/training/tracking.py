@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -56,10 +57,8 @@ class TensorBoard:
     """Event files in `RUN/tensorboard`."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard", "track") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -76,10 +75,8 @@ class WeightsAndBiases:
     """A W&B run named after the folder; WANDB_MODE=offline keeps it on this machine."""
 
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MissingExtraError("wandb", "track") from None
+        import wandb
+
         name = folder.resolve().name
         self._run: Any = wandb.init(
             project="dipole", name=name, id=name, dir=str(folder), config=dict(config), resume="allow"
@@ -111,19 +108,24 @@ class Trackers:
             tracker.close()
 
 
-def open_trackers(names: Sequence[str], folder: Path, step: int, config: Mapping[str, Any]) -> Trackers:
-    """Return `metrics.jsonl` and the named trackers, to go on after `step`.
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise DipoleError when a tracker is unknown or its package is not installed."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
+    for name in names:
+        if name not in packages:
+            raise unknown("tracker", name, packages)
+        try:
+            importlib.import_module(packages[name])
+        except ImportError:
+            raise MissingExtraError(packages[name], "track") from None
 
-    Raises:
-        DipoleError: A name is unknown or its package is not installed.
-    """
+
+def open_trackers(names: Sequence[str], folder: Path, step: int, config: Mapping[str, Any]) -> Trackers:
+    """Return `metrics.jsonl` and the named trackers, to go on after `step`."""
     makers: dict[str, Callable[[], Tracker]] = {
         "tensorboard": lambda: TensorBoard(folder, step),
         "wandb": lambda: WeightsAndBiases(folder, step, config),
     }
-    for name in names:
-        if name not in makers:
-            raise unknown("tracker", name, makers)
     return Trackers([JsonLines(folder, step), *(makers[name]() for name in names)])
 
 

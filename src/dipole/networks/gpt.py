@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,18 @@ class GPTConfig:
         embedding_dropout: Dropout of the token embeddings.
     """
 
+    name: ClassVar[str] = "gpt"
+
     embed_dim: int = 360
     num_layers: int = 6
     num_heads: int = 6
     attention_dropout: float = 0.3
     residual_dropout: float = 0.1
     embedding_dropout: float = 0.0
+
+    def build(self, action_dim: int, pred_horizon: int, cond_dims: CondDims) -> GPT:
+        """Return the network for chunks `[B, pred_horizon, action_dim]` and these conditioning sets."""
+        return GPT(self, action_dim, pred_horizon, cond_dims)
 
 
 def sigma_feature(time: Tensor) -> Tensor:
@@ -138,7 +145,7 @@ class GPT(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.empty(self.goal_horizon + window, dim))
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(Block(config, f"blocks.{i}") for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, f"block{i}") for i in range(config.num_layers))
         self.branches = tuple(name for block in self.blocks for name in block.branches)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, action_dim)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -49,6 +49,8 @@ class MoDEConfig:
             usual, or `raise`.
     """
 
+    name: ClassVar[str] = "mode"
+
     embed_dim: int = 1024
     num_layers: int = 8
     num_heads: int = 8
@@ -61,6 +63,10 @@ class MoDEConfig:
     residual_dropout: float = 0.1
     expert_dropout: float = 0.1
     cache_miss: Literal["warn", "raise"] = "warn"
+
+    def build(self, action_dim: int, pred_horizon: int, cond_dims: CondDims) -> MoDE:
+        """Return the network for chunks `[B, pred_horizon, action_dim]` and these conditioning sets."""
+        return MoDE(self, action_dim, pred_horizon, cond_dims)
 
 
 class Routing(NamedTuple):
@@ -210,7 +216,7 @@ class MoDE(nn.Module):
         )
         self.embed_action = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.empty(self.num_cond + pred_horizon, dim))
-        self.blocks = nn.ModuleList(MoEBlock(config, f"blocks.{i}") for i in range(config.num_layers))
+        self.blocks = nn.ModuleList(MoEBlock(config, f"block{i}") for i in range(config.num_layers))
         self.branches = tuple(name for block in self.blocks for name in block.branches)
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, action_dim)

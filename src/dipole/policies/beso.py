@@ -1,0 +1,324 @@
+"""BESO: goal-conditioned imitation of play with a score model over a short history of observations and actions.
+
+Source: Reuss et al., "Goal-Conditioned Imitation Learning using Score-based Diffusion Policies" (RSS 2023).
+Objective: Karras et al.'s preconditioned denoising with one noise level for the whole window, sigma from a truncated
+log-logistic. The current action starts from sigma_max * noise; the actions before it are those the policy chose.
+With guidance scale L the denoiser is D(no goal) + L (D(goal) - D(no goal)). One action per call.
+
+The network reads [sigma, goals, s_1, a_1, ..., s_n, a_n]. In the first calls of an episode n is smaller than the window
+w; rows of a batch may be at different n, so sequences start at the left and are padded at the end, which a causal
+network cannot see.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from dipole.data.features import Feature
+from dipole.data.hindsight import GOAL_PREFIX
+from dipole.data.normalizer import Normalizer
+from dipole.diffusion import EDM, DenoisingObjective, LogLogistic, NetworkDenoiser, sample
+from dipole.diffusion.denoiser import Denoiser
+from dipole.diffusion.guidance import ClassifierFree, random_drop
+from dipole.diffusion.tensors import Random, randn
+from dipole.errors import DipoleError
+from dipole.networks.gpt import GPT, GPTConfig
+from dipole.policies.config import NormalizationMode, SamplerConfig
+from dipole.policies.policy import Observation, State, reset_rows
+
+History = Literal["redenoise", "hold", "renoise"]
+
+
+@dataclass(frozen=True)
+class BesoConfig:
+    """A BESO policy; the defaults are the paper's for the kitchen.
+
+    Attributes:
+        observation: Features given at run time, all vectors; one of them may be the goal.
+        action: The feature it produces.
+        action_low: `[Da]` smallest action of the data, which bounds what the policy does (see `clip`).
+        action_high: `[Da]` largest.
+        goal: The feature of `observation` that holds the goal at run time; None for a policy without goals.
+        goal_dims: Which components of the concatenated observation a goal fixes, in the order of the goal feature; the
+            others are zeroed. Empty: all of them.
+        window: w, pairs of observation and action the network sees.
+        goal_horizon: g, consecutive observations that make a goal; at run time the goal is repeated.
+        network: Sizes.
+        sigma_min: Smallest noise.
+        sigma_max: Largest noise; 1, not 80: sampling in three steps depends on it.
+        sigma_data: Standard deviation of normalised actions.
+        rho: Curvature of the `karras` spacing.
+        cond_dropout: Probability of training without the goal.
+        cond_dropout_kind: `per_sample` drops the whole goal; `per_element` single numbers, as the published code does.
+        guidance_scale: L; 1 is the goal-conditioned model, 0 the one without goal.
+        history: The actions before the current one, while it is denoised: `redenoise` starts them clean and denoises
+            them along (the published code); `hold` puts them back after each step; `renoise` gives them the noise of
+            the level, as in training.
+        sampler: How to denoise at run time.
+        clip: Actions are kept within this factor of the data's bounds, in normalised units; None for no bound.
+        normalization: Mode of `observation` and `action`.
+        fps: Control rate in Hz.
+        task: What it was trained to do, in words.
+    """
+
+    observation: dict[str, Feature]
+    action: Feature
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    goal: str | None = "observation.goal"
+    goal_dims: tuple[int, ...] = ()
+    window: int = 4
+    goal_horizon: int = 2
+    network: GPTConfig = field(default_factory=GPTConfig)
+    sigma_min: float = 0.005
+    sigma_max: float = 1.0
+    sigma_data: float = 0.5
+    rho: float = 5.0
+    cond_dropout: float = 0.1
+    cond_dropout_kind: Literal["per_sample", "per_element"] = "per_sample"
+    guidance_scale: float = 1.0
+    history: History = "redenoise"
+    sampler: SamplerConfig = field(default_factory=lambda: SamplerConfig("ddim", 3, "exponential"))
+    clip: float | None = 1.1
+    normalization: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {"observation": "mean_std", "action": "min_max"}
+    )
+    fps: float = 10.0
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        if self.goal is not None and self.goal not in self.observation:
+            raise DipoleError(f"the goal '{self.goal}' is not among the observations: {', '.join(self.observation)}")
+        for key, feature in self.observation.items():
+            if len(feature.shape) != 1 or feature.is_image:
+                raise DipoleError(f"BESO sees vectors only, and '{key}' has shape {list(feature.shape)}")
+        if not self.state_keys:
+            raise DipoleError("BESO needs an observation besides the goal")
+        if not len(self.action_low) == len(self.action_high) == self.action.shape[0]:
+            raise DipoleError("action_low and action_high need one number per action component")
+        goal_size = self.obs_dim if self.goal is None else self.observation[self.goal].shape[0]
+        if goal_size != (len(self.goal_dims) or self.obs_dim):
+            raise DipoleError(
+                f"the goal has {goal_size} components: list in goal_dims which of {self.obs_dim} they are"
+            )
+
+    @property
+    def state_keys(self) -> list[str]:
+        """Return the features that are observed, without the goal."""
+        return [key for key in self.observation if key != self.goal]
+
+    @property
+    def obs_dim(self) -> int:
+        """Return C, the width of the concatenated observation."""
+        return sum(self.observation[key].shape[0] for key in self.state_keys)
+
+    @property
+    def process(self) -> EDM:
+        """Return the forward process."""
+        return EDM(self.sigma_min, self.sigma_max, self.rho)
+
+    def normalization_modes(self) -> dict[str, NormalizationMode]:
+        """Return the mode of every feature that needs statistics; the goal shares those of what is observed."""
+        observed = dict.fromkeys(self.state_keys, self.normalization["observation"])
+        return observed | {"action": self.normalization["action"]}
+
+
+class BesoPolicy(nn.Module):
+    """A goal-conditioned policy with a history of its own actions in its state.
+
+    Attributes:
+        config: Its configuration.
+        normalizer: Statistics of observations and actions.
+        network: The score network.
+        sampler: How it denoises at run time (starts as `config.sampler`).
+        guidance_scale: L at run time (starts as `config.guidance_scale`).
+    """
+
+    config_class = BesoConfig
+    type_name = "beso"
+
+    def __init__(self, config: BesoConfig, normalizer: Normalizer) -> None:
+        super().__init__()
+        for key in config.normalization_modes():
+            normalizer.affine(key)
+        self.config = config
+        self.normalizer = normalizer
+        cond_dims = {"obs": (config.window, config.obs_dim)}
+        if config.goal is not None:
+            cond_dims["goal"] = (config.goal_horizon, config.obs_dim)
+        self.network = GPT(config.network, self.action_dim, config.window, cond_dims)
+        self.sampler = config.sampler
+        self.guidance_scale = config.guidance_scale
+        time = LogLogistic(math.log(0.5), 0.5, config.sigma_min, config.sigma_max)
+        self.objective = DenoisingObjective(config.process, "edm", time, sigma_data=config.sigma_data)
+
+    @property
+    def obs_horizon(self) -> int:
+        """Return w: the observations of the window; those before the episode began are not looked at."""
+        return self.config.window
+
+    @property
+    def pred_horizon(self) -> int:
+        """Return w: the actions of the window, of which the last is the one for now."""
+        return self.config.window
+
+    @property
+    def action_horizon(self) -> int:
+        """Return 1."""
+        return 1
+
+    @property
+    def action_dim(self) -> int:
+        """Return Da."""
+        return self.config.action.shape[0]
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Return the guided denoiser; its conditioning is `{"obs": [B, n, C], "goal": [B, g, C]}`."""
+        plain = NetworkDenoiser(self.network, self.config.process, "edm", self.config.sigma_data)
+        if self.config.goal is None or self.guidance_scale == 1:
+            return plain
+        return ClassifierFree(plain, self.guidance_scale, keys=("goal",))
+
+    def with_sampler(self, sampler: SamplerConfig, guidance_scale: float | None = None) -> BesoPolicy:
+        """Return a policy with the same weights (shared, not copied), another sampler and, if given, another L."""
+        other = copy.copy(self)
+        other.sampler = sampler
+        if guidance_scale is not None:
+            other.guidance_scale = guidance_scale
+        return other
+
+    def loss(self, batch: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
+        """Return the denoising loss of a batch of `dipole.data.hindsight.HindsightWindows`.
+
+        Raises:
+            DipoleError: The batch has no goals.
+        """
+        x0 = self.normalizer.normalize("action", batch["action"])
+        cond = {"obs": self._observe(batch)}
+        if self.config.goal is not None:
+            if "goal_is_missing" not in batch:
+                raise DipoleError("the batch has no goals: BESO learns from HindsightWindows, not from plain windows")
+            goal = self._observe({key: batch[GOAL_PREFIX + key] for key in self.config.state_keys})
+            goal = self._keep_goal_dims(goal).masked_fill(batch["goal_is_missing"][:, None, None], 0.0)
+            cond["goal"] = goal
+            if self.training:
+                kind = self.config.cond_dropout_kind
+                cond = random_drop(cond, self.config.cond_dropout, ("goal",), kind, generator)
+        return self.objective(self.network, x0, cond, generator=generator)
+
+    def forward(self, batch: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
+        """Return `loss(batch, generator)`."""
+        return self.loss(batch, generator)
+
+    def initial_state(self, batch: int) -> State:
+        """Return the state at the start of episodes: no past actions."""
+        like = self.network.position
+        past = torch.zeros(batch, self.config.window - 1, self.action_dim, dtype=like.dtype, device=like.device)
+        return {"actions": past, "count": torch.zeros(batch, dtype=torch.long, device=like.device)}
+
+    def reset(self, state: State, mask: Tensor) -> State:
+        """Return the state with some rows at the start of an episode."""
+        return reset_rows(state, self.initial_state(len(mask)), mask)
+
+    @torch.no_grad()
+    def act(
+        self, obs: Observation, state: State, noise: Tensor | None = None, generator: Random = None
+    ) -> tuple[Tensor, State]:
+        """Return `(chunk [B, 1, Da] in physical units, state)`; see `Policy.act`.
+
+        State: `actions` `[B, w-1, Da]`, the normalised past actions, newest last, and `count` `[B]`, how many.
+        """
+        self._check(obs)
+        tokens = self._observe(obs)
+        action = self._denoise(tokens, self._goal(obs), state, noise, generator)
+        past = torch.cat([state["actions"], action.unsqueeze(1)], dim=1)[:, 1:]
+        count = (state["count"] + 1).clamp(max=self.config.window - 1)
+        return self.normalizer.denormalize("action", action).unsqueeze(1), {"actions": past, "count": count}
+
+    def _denoise(self, tokens: Tensor, goal: Tensor | None, state: State, noise: Tensor | None, rng: Random) -> Tensor:
+        """Return the current action `[B, Da]`, normalised."""
+        shape = (tokens.shape[0], self.config.window, self.action_dim)
+        noise = randn(shape, rng, like=tokens) if noise is None else noise
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
+        order, now = self._left_aligned(state["count"])
+        past = torch.cat([state["actions"], torch.zeros_like(noise[:, :1])], dim=1)
+        past, noise, tokens = (
+            value.gather(1, order.expand(-1, -1, value.shape[-1])) for value in (past, noise, tokens)
+        )
+        cond = {"obs": tokens} if goal is None else {"obs": tokens, "goal": goal}
+
+        def project(x: Tensor, t: Any) -> Tensor:
+            level = float(t) if self.config.history == "renoise" else 0.0
+            return torch.where(now, x, past + level * noise)
+
+        process = self.config.process
+        levels = self.sampler.levels(process)
+        start = float(levels[0])
+        init = torch.where(now, start * noise, past)
+        x0 = sample(
+            self.denoiser,
+            process,
+            levels,
+            self.sampler.build(),
+            cond=cond,
+            init=init,
+            generator=rng,
+            project=None if self.config.history == "redenoise" else project,
+        )
+        return self._bounded((x0 * now).sum(1))
+
+    def _left_aligned(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where each position's entry stands in the full window, and which position is now, both `[B, w, 1]`."""
+        window = self.config.window
+        position = torch.arange(window, device=count.device)
+        order = (position + (window - 1 - count).unsqueeze(1)).clamp(max=window - 1)
+        return order.unsqueeze(-1), (position == count.unsqueeze(1)).unsqueeze(-1)
+
+    def _bounded(self, action: Tensor) -> Tensor:
+        if self.config.clip is None:
+            return action
+        edges = [
+            self.config.clip * self.normalizer.normalize("action", torch.tensor(edge).to(action))
+            for edge in (self.config.action_low, self.config.action_high)
+        ]
+        return torch.clamp(action, torch.minimum(*edges), torch.maximum(*edges))
+
+    def _observe(self, obs: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([self.normalizer.normalize(key, obs[key]) for key in self.config.state_keys], dim=-1)
+
+    def _goal(self, obs: Observation) -> Tensor | None:
+        """Return the goal tokens `[B, g, C]` of the newest observation, normalised as observations are."""
+        if self.config.goal is None:
+            return None
+        scale, offset = (torch.cat([self.normalizer.affine(key)[i] for key in self.config.state_keys]) for i in (0, 1))
+        dims = list(self.config.goal_dims or range(self.config.obs_dim))
+        given = obs[self.config.goal][:, -1]
+        goal = given.new_zeros(given.shape[0], self.config.obs_dim)
+        goal[:, dims] = given * scale[dims] + offset[dims]
+        return goal.unsqueeze(1).expand(-1, self.config.goal_horizon, -1)
+
+    def _keep_goal_dims(self, goal: Tensor) -> Tensor:
+        if not self.config.goal_dims:
+            return goal
+        keep = torch.zeros(goal.shape[-1], dtype=torch.bool, device=goal.device)
+        keep[list(self.config.goal_dims)] = True
+        return goal * keep
+
+    def _check(self, obs: Observation) -> None:
+        for key, feature in self.config.observation.items():
+            if key not in obs:
+                raise DipoleError(
+                    f"observation lacks '{key}', which the policy was trained on; it has: {', '.join(obs)}"
+                )
+            if tuple(obs[key].shape[1:]) != (self.obs_horizon, *feature.shape):
+                wanted = ["B", self.obs_horizon, *feature.shape]
+                raise DipoleError(f"observation '{key}' has shape {list(obs[key].shape)}, expected {wanted}")

@@ -72,7 +72,7 @@ def save_policy(policy: Any, path: str | Path, weights: dict[str, Tensor] | None
         raise DipoleError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         save_file({key: value.detach().contiguous().cpu() for key, value in state.items()}, temporary / MODEL)
-        save_file(policy.normalizer.to_state(), temporary / NORMALIZER)
+        save_file(policy.normalizer.state(), temporary / NORMALIZER)
         write_json(temporary / CONFIG, _header(policy, temporary))
         os.chmod(temporary, 0o755)
         replace_folder(temporary, folder)

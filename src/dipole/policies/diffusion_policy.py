@@ -48,7 +48,7 @@ class DiffusionPolicy(nn.Module):
         self.objective = config.objective.build(config.process)
         self.sampler = config.sampler
         for key in [*config.observation, "action"]:
-            normalizer.require(key)
+            normalizer.affine(key)  # raises for a feature without statistics
 
     @property
     def obs_horizon(self) -> int:

@@ -114,7 +114,7 @@ def _check_videos(entries: Sequence[Entry], features: dict[str, Feature]) -> Non
         for path in dict.fromkeys(entry.videos[key][0] for entry in entries):
             if not path.is_file():
                 raise DipoleError(
-                    f"{path} is missing: download the dataset again, or leave pictures out (images=False, or --no-images)"
+                    f"{path} is missing: download the dataset again, or leave pictures out (images=False, --no-images)"
                 )
 
 

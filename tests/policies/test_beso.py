@@ -9,7 +9,7 @@ import torch
 
 from dipole.data import Episodes, Feature, Normalizer
 from dipole.data.hindsight import HindsightWindows
-from dipole.diffusion import LogLogistic
+from dipole.diffusion import VP, LogLogistic
 from dipole.errors import DipoleError
 from dipole.networks.gpt import GPTConfig
 from dipole.policies import load_policy, save_policy
@@ -282,7 +282,7 @@ def test_conditioning_dropout(kind):
 def test_training_levels_follow_the_truncated_log_logistic():
     time = make().objective.time
     assert time == LogLogistic(math.log(0.5), 0.5, 0.005, 1.0)
-    sigma = time.sample((20_000,), make().config.process, torch.Generator().manual_seed(0))
+    sigma = time.sample((20_000,), make().process, torch.Generator().manual_seed(0))
     assert 0.005 <= float(sigma.min()) <= float(sigma.max()) <= 1.0
 
     def cdf(s):
@@ -292,6 +292,20 @@ def test_training_levels_follow_the_truncated_log_logistic():
         expected = (cdf(s) - cdf(0.005)) / (cdf(1.0) - cdf(0.005))
         # standard error of a share of 20 000 draws: at most 0.0035
         assert abs(float((sigma <= s).double().mean()) - expected) < 0.015
+
+
+def test_ddpm_objective_is_noise_prediction_with_the_level_as_log_noise_to_signal():
+    policy = make(objective="ddpm", sampler=SamplerConfig("ddim", 3, "leading", clip=1.0))
+    seen = []
+    policy.network.register_forward_pre_hook(lambda module, args: seen.append(float(args[1][0])))
+    chunk, _ = policy.act({STATE: torch.randn(2, W, C), GOAL: torch.randn(2, W, C)}, policy.initial_state(2))
+    assert bool(torch.isfinite(chunk).all())
+    process = VP.cosine(100)
+    assert seen == pytest.approx([250 * math.log(process.sigma(t) / process.alpha(t)) for t in (66, 33, 0)], rel=1e-5)
+    assert policy.objective.prediction_type == "epsilon"
+    windows = HindsightWindows(play(), [STATE], W, G)
+    batch = {key: torch.from_numpy(value) for key, value in windows.batch(np.arange(8)).items()}
+    assert bool(torch.isfinite(policy.loss(batch, torch.Generator().manual_seed(0))))
 
 
 def test_policy_without_goals():

@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch import Generator, Tensor, nn
 from dipole.data.features import Feature
 from dipole.data.hindsight import GOAL_PREFIX
 from dipole.data.normalizer import Normalizer
-from dipole.diffusion import EDM, DenoisingObjective, LogLogistic, NetworkDenoiser, sample
+from dipole.diffusion import EDM, VP, DenoisingObjective, LogLogistic, NetworkDenoiser, Uniform, add_noise, sample
 from dipole.diffusion.denoiser import Denoiser
 from dipole.diffusion.guidance import ClassifierFree, random_drop
 from dipole.diffusion.tensors import Random, randn
@@ -51,6 +52,8 @@ class BesoConfig:
         window: w, pairs of observation and action the network sees.
         goal_horizon: g, consecutive observations that make a goal; at run time the goal is repeated.
         network: Sizes.
+        objective: `edm`: the paper. `ddpm`: the network predicts the noise of a discrete process of 100 levels (squared
+            cosine), as diffusion policies did before; the network is told ln(sigma / alpha) in place of ln(sigma).
         sigma_min: Smallest noise.
         sigma_max: Largest noise; 1, not 80: sampling in three steps depends on it.
         sigma_data: Standard deviation of normalised actions.
@@ -77,6 +80,7 @@ class BesoConfig:
     window: int = 4
     goal_horizon: int = 2
     network: GPTConfig = field(default_factory=GPTConfig)
+    objective: Literal["edm", "ddpm"] = "edm"
     sigma_min: float = 0.005
     sigma_max: float = 1.0
     sigma_data: float = 0.5
@@ -119,15 +123,23 @@ class BesoConfig:
         """Return C, the width of the concatenated observation."""
         return sum(self.observation[key].shape[0] for key in self.state_keys)
 
-    @property
-    def process(self) -> EDM:
-        """Return the forward process."""
-        return EDM(self.sigma_min, self.sigma_max, self.rho)
+    def build_objective(self) -> DenoisingObjective:
+        """Return the training objective, with its forward process."""
+        if self.objective == "ddpm":
+            return DenoisingObjective(_ddpm_process(), "epsilon", Uniform())
+        process = EDM(self.sigma_min, self.sigma_max, self.rho)
+        time = LogLogistic(math.log(0.5), 0.5, self.sigma_min, self.sigma_max)
+        return DenoisingObjective(process, "edm", time, sigma_data=self.sigma_data)
 
     def normalization_modes(self) -> dict[str, NormalizationMode]:
         """Return the mode of every feature that needs statistics; the goal shares those of what is observed."""
         observed = dict.fromkeys(self.state_keys, self.normalization["observation"])
         return observed | {"action": self.normalization["action"]}
+
+
+@lru_cache(maxsize=1)
+def _ddpm_process() -> VP:
+    return VP.cosine(100)
 
 
 class BesoPolicy(nn.Module):
@@ -156,8 +168,11 @@ class BesoPolicy(nn.Module):
         self.network = GPT(config.network, self.action_dim, config.window, cond_dims)
         self.sampler = config.sampler
         self.guidance_scale = config.guidance_scale
-        time = LogLogistic(math.log(0.5), 0.5, config.sigma_min, config.sigma_max)
-        self.objective = DenoisingObjective(config.process, "edm", time, sigma_data=config.sigma_data)
+        self.objective = config.build_objective()
+        self.process = self.objective.process
+        if config.objective == "ddpm":
+            ratio = self.process.sigma(torch.arange(100)) / self.process.alpha(torch.arange(100))
+            self.register_buffer("log_snr_time", EDM().network_time(ratio).float(), persistent=False)
 
     @property
     def obs_horizon(self) -> int:
@@ -182,7 +197,8 @@ class BesoPolicy(nn.Module):
     @property
     def denoiser(self) -> Denoiser:
         """Return the guided denoiser; its conditioning is `{"obs": [B, n, C], "goal": [B, g, C]}`."""
-        plain = NetworkDenoiser(self.network, self.config.process, "edm", self.config.sigma_data)
+        objective = self.objective
+        plain = NetworkDenoiser(self._network, self.process, objective.prediction_type, objective.sigma_data)
         if self.config.goal is None or self.guidance_scale == 1:
             return plain
         return ClassifierFree(plain, self.guidance_scale, keys=("goal",))
@@ -212,7 +228,7 @@ class BesoPolicy(nn.Module):
             if self.training:
                 kind = self.config.cond_dropout_kind
                 cond = random_drop(cond, self.config.cond_dropout, ("goal",), kind, generator)
-        return self.objective(self.network, x0, cond, generator=generator)
+        return self.objective(self._network, x0, cond, generator=generator)
 
     def forward(self, batch: Mapping[str, Tensor], generator: Generator | None = None) -> Tensor:
         """Return `loss(batch, generator)`."""
@@ -257,16 +273,14 @@ class BesoPolicy(nn.Module):
         cond = {"obs": tokens} if goal is None else {"obs": tokens, "goal": goal}
 
         def project(x: Tensor, t: Any) -> Tensor:
-            level = float(t) if self.config.history == "renoise" else 0.0
-            return torch.where(now, x, past + level * noise)
+            renoise = self.config.history == "renoise"
+            return torch.where(now, x, add_noise(past, noise, t, self.process) if renoise else past)
 
-        process = self.config.process
-        levels = self.sampler.levels(process)
-        start = float(levels[0])
-        init = torch.where(now, start * noise, past)
+        levels = self.sampler.levels(self.process)
+        init = torch.where(now, float(self.process.prior_std(levels[0])) * noise, past)
         x0 = sample(
             self.denoiser,
-            process,
+            self.process,
             levels,
             self.sampler.build(),
             cond=cond,
@@ -275,6 +289,11 @@ class BesoPolicy(nn.Module):
             project=None if self.config.history == "redenoise" else project,
         )
         return self._bounded((x0 * now).sum(1))
+
+    def _network(self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        if self.config.objective == "ddpm":
+            time = self.log_snr_time[time.long()]
+        return self.network(x, time, cond)
 
     def _left_aligned(self, count: Tensor) -> tuple[Tensor, Tensor]:
         """Return where each position's entry stands in the full window, and which position is now, both `[B, w, 1]`."""

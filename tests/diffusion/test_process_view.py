@@ -26,9 +26,11 @@ CONTINUOUS = [Flow(), EDM(), ContinuousVP(), ContinuousVP("linear")]
 def test_view_is_the_exact_denoiser_of_the_other_process(own, other):
     view = ProcessView(denoiser(own), own, other)
     x = torch.linspace(-2, 2, 6, dtype=torch.float64).reshape(6, 1)
-    # pure noise, the first level of a flow, has no counterpart in an EDM process
-    levels = other.levels(6)[1 if isinstance(other, Flow) else 0 : -1]
-    x = x[: len(levels)]
+    levels = other.levels(6)[:-1]
+    # noisier than the own process ever gets: its noisiest level stands in, which is close but not exact
+    reached = other.sigma(levels) / other.alpha(levels) <= own.sigma(own.noisiest) / own.alpha(own.noisiest)
+    x, levels = x[reached], levels[reached]
+    assert len(levels) >= 3
     # float64: the matched level is solved in closed form, so only rounding is left
     assert torch.allclose(view(x, levels), denoiser(other)(x, levels), atol=1e-9, rtol=1e-9)
     for k, t in enumerate(levels.tolist()):

@@ -95,7 +95,7 @@ def _collect(args: Args) -> tuple[Episodes, int]:
             noise=args.noise,
             seed=args.seed,
             num_envs=args.workers,
-            success_only=not args.all,
+            success_only=False if args.all else None,
             label=args.label,
             progress=progress,
             **({"images": True} if args.images else {}),

@@ -15,11 +15,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import numpy as np
-
 from dipole.data import Episodes, Feature
 from dipole.envs.recording import Attempt, Label, Recipe, record
-from dipole.envs.registry import has_expert, is_native, make, make_expert
+from dipole.envs.registry import collecting, has_expert, is_native, make, make_expert
 from dipole.envs.seeds import COLLECT_SEED
 from dipole.envs.spec import EnvSpec, VectorEnv
 from dipole.errors import DipoleError
@@ -36,9 +34,8 @@ def collect(
     noise: float = 0.0,
     seed: int = COLLECT_SEED,
     num_envs: int | None = None,
-    success_only: bool = True,
+    success_only: bool | None = None,
     label: Label = "clean",
-    steps_after_success: int = 5,
     progress: Progress | None = None,
     **options: Any,
 ) -> Episodes:
@@ -53,9 +50,8 @@ def collect(
         noise: Standard deviation of the noise on the executed action, in the action's own units.
         seed: Seed of the first attempt.
         num_envs: Rows of a micro environment, or worker processes of a simulator (None: 64 rows, no extra process).
-        success_only: Leave out episodes that did not succeed.
+        success_only: Leave out episodes that did not succeed; None: as the task wants it (mostly so).
         label: Which action is recorded; see the module's text.
-        steps_after_success: Frames recorded after the first success, where the environment goes on.
         progress: Called with (episodes kept, episodes attempted) after each attempt.
         options: Options of the environment, e.g. `images=True`.
 
@@ -73,9 +69,10 @@ def collect(
         raise DipoleError(f"noise is {noise}: it must be zero or a positive standard deviation")
     if not has_expert(env_name):
         raise DipoleError(f"environment '{env_name}' has no scripted expert: 'dipole env list' shows which have one")
-    recipe = Recipe(noise, label, steps_after_success)
-    if not is_native(env_name):
-        options = {"terminate_on_success": False} | options
+    usual = collecting(env_name)
+    recipe = Recipe(noise, label, usual.steps_after_success)
+    options = usual.options | options
+    success_only = usual.success_only if success_only is None else success_only
     kept: list[Attempt] = []
     attempts, spec = _attempts(env_name, recipe, seed, num_episodes, num_envs, options)
     most = 20 + 10 * num_episodes
@@ -100,8 +97,7 @@ def _episodes(kept: Sequence[Attempt], spec: EnvSpec) -> Episodes:
     features = dict(spec.observation) | {"action": spec.action, "next.reward": Feature("float32", (1,))}
     features |= {key: Feature("bool", (1,)) for key in _FLAGS}
     features["task_index"] = Feature("int64", (1,))
-    episodes = [a.columns | {"task_index": np.zeros(len(a.columns["action"]), np.int64)} for a in kept]
-    return Episodes.from_list(episodes, features, spec.fps, (spec.task,))
+    return Episodes.from_list([a.columns for a in kept], features, spec.fps, spec.tasks or (spec.task,))
 
 
 def _attempts(

@@ -22,7 +22,7 @@ class Recipe:
 
     noise: float
     label: Label
-    steps_after_success: int
+    steps_after_success: int | None
 
 
 @dataclass
@@ -86,9 +86,9 @@ def _advance(
         recording = running[row]
         if recording.since_success >= 0 or result.success[k]:
             recording.since_success += 1
-        enough = recording.since_success >= recipe.steps_after_success
+        enough = recipe.steps_after_success is not None and recording.since_success >= recipe.steps_after_success
         last = bool(result.done[k]) or enough
-        truncated = bool(result.truncated[k]) and recording.since_success < 0
+        truncated = bool(result.truncated[k]) and not enough
         recording.append(**obs[row], action=label[k])
         recording.append(
             **{
@@ -96,6 +96,7 @@ def _advance(
                 "next.done": last and not truncated,
                 "next.truncated": truncated,
                 "next.success": bool(result.success[k]),
+                "task_index": np.int64(result.info[k].get("task_index", 0)),
             }
         )
         obs[row] = {key: value[k] for key, value in result.obs.items()}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from types import ModuleType
 from typing import Any, Literal
 
 from dipole.envs.async_vector import AsyncVector
-from dipole.envs.experts.expert import Expert
+from dipole.envs.experts.expert import Collecting, Expert
 from dipole.envs.spec import VectorEnv
 from dipole.envs.vector import SyncVector
 from dipole.errors import DipoleError, unknown
@@ -18,6 +19,8 @@ Mode = Literal["sync", "async", "native"]
 # Each module has
 #   TASKS: name -> task sentence;
 #   EXPERTS: the names that have a scripted expert, and build_expert(env) -> Expert for them;
+#   COLLECTING (optional): name -> how demonstrations are collected, where it is not the usual way;
+#   options_of(name): the class whose constructor takes the options;
 #   build(name, **options) -> SingleEnv for simulators (all take `terminate_on_success`), or
 #   build_native(name, num_envs, **options) -> VectorEnv for environments that are vectorised themselves.
 MODULES = (
@@ -48,6 +51,22 @@ def family_of(name: str) -> ModuleType:
     if name not in tasks():
         raise unknown("environment", name, tasks())
     return next(module for module in _modules() if name in module.TASKS)
+
+
+def collecting(name: str) -> Collecting:
+    """Return how demonstrations of environment `name` are collected by default."""
+    module = family_of(name)
+    # Simulators go on after success, so that the data show how to stay there.
+    default = Collecting() if is_native(name) else Collecting(options={"terminate_on_success": False})
+    return getattr(module, "COLLECTING", {}).get(name, default)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise DipoleError for an option that the environment's constructor does not have."""
+    known = set(inspect.signature(family_of(name).options_of(name)).parameters) - {"name"} | {"max_steps"}
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of environment '{name}'", option, known)
 
 
 def is_native(name: str) -> bool:
@@ -91,10 +110,12 @@ def make(name: str, num_envs: int = 1, mode: Mode | None = None, **options: Any)
     if (mode == "native") != native:
         has = "is vectorised already: use mode 'native'" if native else "has no mode 'native': use 'sync' or 'async'"
         raise DipoleError(f"environment '{name}' {has}")
+    workers = {key: options.pop(key) for key in ("num_workers",) if mode == "async" and key in options}
+    _check_options(name, options)
     if mode == "native":
         return module.build_native(name, num_envs, **options)
     if mode == "async":
-        return AsyncVector(name, num_envs, **options)
+        return AsyncVector(name, num_envs, **workers, **options)
     max_steps = options.pop("max_steps", None)
     build = functools.partial(module.build, name, **options)
     return SyncVector([build] * num_envs, max_steps=max_steps)

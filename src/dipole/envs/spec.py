@@ -29,6 +29,7 @@ class EnvSpec:
         task: One sentence that says what is to be done.
         score: How an episode is judged: `success` (1 if any step succeeded), `max_reward` (largest reward of a step)
             or `return` (undiscounted sum of rewards).
+        tasks: Sentences of an environment that poses several tasks (info `task_index` says which); else empty.
     """
 
     name: str
@@ -40,6 +41,7 @@ class EnvSpec:
     fps: float
     task: str
     score: Score = "success"
+    tasks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

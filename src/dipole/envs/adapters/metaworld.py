@@ -199,6 +199,11 @@ def build_expert(env: VectorEnv) -> Expert:
     return MetaWorldExpert(env)
 
 
+def options_of(name: str) -> type[MetaWorld]:
+    """Return what takes the options of `name`."""
+    return MetaWorld
+
+
 def build(name: str, **options: Any) -> MetaWorld:
     """Return one environment; `options` are those of `MetaWorld`."""
     return MetaWorld(name, **options)

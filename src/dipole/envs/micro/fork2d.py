@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from dipole.envs.experts.expert import Memory
 from dipole.envs.experts.paths import min_jerk_via, ornstein_uhlenbeck
 from dipole.envs.micro.canvas import BLUE, GREEN, RED, Canvas
+from dipole.envs.micro.demonstrator import Memory
 from dipole.envs.micro.task import Outcome, State, micro_spec
 from dipole.envs.spec import Observation
 
@@ -71,14 +71,14 @@ class Fork2D:
 class Fork2DExpert:
     """Follows one of the two ways round, chosen by the episode's seed."""
 
-    def plan(self, rng: np.random.Generator, obs: Observation) -> Memory:
+    def plan(self, rng: np.random.Generator, state: State) -> Memory:
         """Choose a side and lay the path `[MAX_STEPS, 2]`, resting at the goal after `DURATION` steps."""
         side = rng.choice([-1.0, 1.0])
-        path = min_jerk_via(obs["observation.state"], np.array([VIA * side, 0.0]), GOAL, DURATION)[1:]
+        path = min_jerk_via(state["p"], np.array([VIA * side, 0.0]), GOAL, DURATION)[1:]
         path = np.concatenate([path, np.repeat(GOAL[None], MAX_STEPS - DURATION, axis=0)])
         return {"path": path + ornstein_uhlenbeck(rng, MAX_STEPS, 2, std=0.01)}
 
-    def act(self, obs: Observation, memory: Memory) -> tuple[np.ndarray, Memory]:
+    def act(self, state: State, memory: Memory) -> tuple[np.ndarray, Memory]:
         """Return the next point of the path as the target."""
-        clock = np.minimum(memory["clock"], MAX_STEPS - 1)
+        clock = np.minimum(state["clock"], MAX_STEPS - 1)
         return memory["path"][np.arange(len(clock)), clock], memory

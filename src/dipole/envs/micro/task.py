@@ -78,6 +78,10 @@ class NativeVector:
         state = self._task.begin(np.random.default_rng(seed))
         return {key: np.asarray(value) for key, value in state.items()} | {"clock": np.asarray(0)}
 
+    def state(self, rows: Sequence[int]) -> State:
+        """Return a copy of the true state of `rows`, each `[len(rows), ...]`."""
+        return {key: value[list(rows)] for key, value in self._state.items()}
+
     def reset(self, rows: Sequence[int], seeds: Sequence[int]) -> Observation:
         """Start the episodes that `seeds` name; see `VectorEnv.reset`."""
         rows = check_rows(rows, self.num_envs, len(seeds), "seeds")
@@ -85,7 +89,7 @@ class NativeVector:
             for key, value in self._begin(int(seed)).items():
                 self._state[key][row] = value
         self._running[rows] = True
-        return self._task.observe({key: value[rows] for key, value in self._state.items()})
+        return self._task.observe(self.state(rows))
 
     def step(self, actions: np.ndarray, rows: Sequence[int]) -> StepResult:
         """Step `rows`; see `VectorEnv.step`."""
@@ -93,7 +97,7 @@ class NativeVector:
         rows = check_rows(rows, self.num_envs, len(actions), "actions")
         if not self._running[rows].all():
             raise ValueError(f"rows {[row for row in rows if not self._running[row]]} must be reset before a step")
-        outcome = self._task.step({key: value[rows] for key, value in self._state.items()}, actions.astype(np.float64))
+        outcome = self._task.step(self.state(rows), actions.astype(np.float64))
         state = outcome.state | {"clock": outcome.state["clock"] + 1}
         for key, value in state.items():
             self._state[key][rows] = value

@@ -44,6 +44,7 @@ class Episodes:
     def __post_init__(self) -> None:
         self.ends = np.ascontiguousarray(self.ends, dtype=np.int64)
         self.tasks = tuple(self.tasks)
+        self.fps = float(self.fps)
         if self.ends.ndim != 1 or len(self.ends) == 0:
             raise DipoleError("the dataset has no episodes")
         if self.ends[0] <= 0 or (np.diff(self.ends) <= 0).any():

@@ -85,7 +85,9 @@ class MLP(nn.Module):
         chunk, cond, context = pred_horizon * action_dim, flat_width(cond_dims), config.context_width
         positions = pred_horizon if config.per_position_levels else None
         self.step_encoder = StepEncoder(config.step_embed_dim, 2 * context, context, positions)
-        self.cond_encoder = nn.Sequential(nn.Linear(cond, 2 * context), nn.Mish(), nn.Linear(2 * context, context))
+        self.cond_encoder: nn.Module | None = None
+        if cond:
+            self.cond_encoder = nn.Sequential(nn.Linear(cond, 2 * context), nn.Mish(), nn.Linear(2 * context, context))
         self.stem = nn.Linear(chunk + cond, config.width)
         self.blocks = nn.ModuleList(FiLMBlock(config.width, context, config.dropout) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.width)
@@ -107,7 +109,7 @@ class MLP(nn.Module):
             hook: See `dipole.networks.hooks`.
         """
         flat, context, h = flatten_cond(cond, self.cond_names), self.step_encoder(time), x.flatten(1)
-        if flat is not None:
+        if flat is not None and self.cond_encoder is not None:
             context = context + self.cond_encoder(flat)
             h = torch.cat((h, flat), dim=-1)
         context, h = F.mish(context), self.stem(h)

@@ -1,4 +1,4 @@
-"""Every sampler x process x guidance, through the real `sample`, against closed forms. Float64, no Monte-Carlo error."""
+"""Every sampler, process and guidance, through the real `sample`, against closed forms; no Monte-Carlo error."""
 
 import closed_forms
 import pytest

@@ -204,7 +204,7 @@ class FlowSDE(Kernel):
 
     sigma_t = eta sqrt(t / (1 - t)) (`noise="sqrt"`; at t = 1 the next level stands in the denominator), or eta
     (`noise="constant"`);  mean = x + (v - sigma_t^2 score / 2) dt,  std = sigma_t sqrt(-dt),  dt = s - t.
-    Its marginals are exact only as dt -> 0.
+    Its marginals are exact only as dt -> 0; with `sqrt` slowly so from t = 1, where the noise has a pole.
 
     Attributes:
         eta: Amount of noise.
@@ -235,6 +235,9 @@ class CPS(Kernel):
     """Coefficients-preserving sampling: the noise coefficient at level s is exact at any step size (spec e 0.2).
 
     std = sigma(s) sin(eta pi/2),  mean = alpha(s) x0 + sqrt(sigma(s)^2 - std^2) eps.
+
+    The share of fresh noise is the same in every step, however small: at fixed eta more steps do not bring the ODE's
+    marginals (spread data is drawn together); they do when eta falls as 1 / sqrt(steps).
 
     Attributes:
         eta: Share of the noise that is fresh, in [0, 1].

@@ -120,10 +120,10 @@ class VP:
 
         `leading` and `trailing` are those of diffusers (`trailing` visits the noisiest level, `leading` ends at
         index 0); `linspace` rounds a uniform grid from N-1 to 0; `karras` and `exponential` space sigma/alpha and
-        round to trained levels.
+        round to trained levels. Where rounding would visit a level twice, the next free one is taken.
 
         Raises:
-            ValueError: `num_steps` is not between 1 and N, or rounding would visit one level twice.
+            ValueError: `num_steps` is not between 1 and N.
         """
         n = self.num_steps
         check_num_steps(num_steps, n)
@@ -136,9 +136,14 @@ class VP:
         else:
             ratio = self._sigma[:-1] / self._alpha[:-1]
             grid = ratio_levels(self, num_steps, spacing, float(ratio[0]), float(ratio[-1]), rho=7.0)[:-1]
-        if bool((grid[1:] >= grid[:-1]).any()):
-            raise ValueError(f"{num_steps} levels with spacing '{spacing}' do not fit on {n} trained ones: use fewer")
-        return torch.cat([grid, grid.new_tensor([-1.0])])
+        return torch.tensor([*_distinct(grid.tolist()), -1.0], dtype=torch.float64)
+
+
+def _distinct(levels: list[float]) -> list[float]:
+    """Return strictly decreasing levels, each moved as little as fits: down below its predecessor, then up from 0."""
+    for k in range(1, len(levels)):
+        levels[k] = min(levels[k], levels[k - 1] - 1)
+    return [max(level, float(len(levels) - 1 - k)) for k, level in enumerate(levels)]
 
 
 @dataclass(frozen=True)

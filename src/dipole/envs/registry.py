@@ -20,13 +20,16 @@ Mode = Literal["sync", "async", "native"]
 #   TASKS: name -> task sentence;
 #   EXPERTS: the names that have a scripted expert, and build_expert(env) -> Expert for them;
 #   COLLECTING (optional): name -> how demonstrations are collected, where it is not the usual way;
-#   options_of(name): the class whose constructor takes the options;
 #   build(name, **options) -> SingleEnv for simulators (all take `terminate_on_success`), or
-#   build_native(name, num_envs, **options) -> VectorEnv for environments that are vectorised themselves.
+#   build_native(name, num_envs, **options) -> VectorEnv for environments that are vectorised themselves, and
+#   task_class(name), whose constructor takes the options.
 MODULES = (
     "dipole.envs.micro",
     "dipole.envs.adapters.pusht",
     "dipole.envs.adapters.metaworld",
+    "dipole.envs.adapters.maze",
+    "dipole.envs.adapters.fetch",
+    "dipole.envs.adapters.gymnasium_mujoco",
 )
 
 
@@ -62,8 +65,10 @@ def collecting(name: str) -> Collecting:
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise DipoleError for an option that the environment's constructor does not have."""
-    known = set(inspect.signature(family_of(name).options_of(name)).parameters) - {"name"} | {"max_steps"}
+    """Raise DipoleError for an option that the environment does not have."""
+    module = family_of(name)
+    taker = module.task_class(name) if is_native(name) else module.build
+    known = set(inspect.signature(taker).parameters) - {"name"} | {"max_steps"}
     for option in options:
         if option not in known:
             raise unknown(f"option of environment '{name}'", option, known)

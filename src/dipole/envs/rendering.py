@@ -13,6 +13,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from dipole.errors import DipoleError, MissingExtraError
 
+View = str | int | Mapping[str, Any]
 PICTURE = 256  # side of the pictures of `render`, in px
 _HOW_TO_MEND = "install a software EGL (apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri), set MUJOCO_GL=egl"
 _PROBE = """
@@ -93,11 +95,13 @@ class Camera:
         model: The `mjModel`.
         width: Width in px.
         height: Height in px.
-        camera: Name or number of a camera; -1 is the free one.
+        view: Name or number of a camera of the model (-1 is the free one), or `lookat` `[3]`, `distance`, `azimuth` and
+            `elevation` (degrees) of a free one.
     """
 
-    def __init__(self, model: Any, width: int, height: int, camera: str | int = -1) -> None:
-        self._model, self._width, self._height, self._camera = model, width, height, camera
+    def __init__(self, model: Any, width: int, height: int, view: View = -1) -> None:
+        self._model, self._width, self._height, self._view = model, width, height, view
+        self._camera: Any = None
         self._renderer: Any = None
 
     def picture(self, data: Any) -> np.ndarray:
@@ -115,10 +119,20 @@ class Camera:
                 raise DipoleError(
                     f"cannot render ({str(error).strip() or type(error).__name__}): {_HOW_TO_MEND}"
                 ) from None
+            self._camera = self._placed(mujoco)
             # A context still open when MuJoCo shuts EGL down makes noise; later registered means earlier called.
             atexit.register(self.close)
         self._renderer.update_scene(data, camera=self._camera)
         return self._renderer.render().copy()
+
+    def _placed(self, mujoco: ModuleType) -> Any:
+        if not isinstance(self._view, Mapping):
+            return self._view
+        camera = mujoco.MjvCamera()
+        camera.lookat[:] = self._view["lookat"]
+        camera.distance, camera.azimuth = self._view["distance"], self._view["azimuth"]
+        camera.elevation = self._view["elevation"]
+        return camera
 
     def close(self) -> None:
         """Free the graphics context. May be called twice."""

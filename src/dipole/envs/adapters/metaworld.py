@@ -199,11 +199,6 @@ def build_expert(env: VectorEnv) -> Expert:
     return MetaWorldExpert(env)
 
 
-def options_of(name: str) -> type[MetaWorld]:
-    """Return what takes the options of `name`."""
-    return MetaWorld
-
-
-def build(name: str, **options: Any) -> MetaWorld:
-    """Return one environment; `options` are those of `MetaWorld`."""
-    return MetaWorld(name, **options)
+def build(name: str, images: bool = False, terminate_on_success: bool = True) -> MetaWorld:
+    """Return one environment; the options are those of `MetaWorld`."""
+    return MetaWorld(name, images, terminate_on_success)

@@ -126,11 +126,6 @@ class PushT:
         self._env.close()
 
 
-def options_of(name: str) -> type[PushT]:
-    """Return what takes the options of `name`."""
-    return PushT
-
-
-def build(name: str, **options: Any) -> PushT:
-    """Return one environment; `options` are those of `PushT`."""
-    return PushT(name, **options)
+def build(name: str, terminate_on_success: bool = True) -> PushT:
+    """Return one environment; the options are those of `PushT`."""
+    return PushT(name, terminate_on_success)

@@ -54,6 +54,6 @@ def build_expert(env: NativeVector) -> Expert:
     return NativeExpert(_DEMONSTRATORS[env.spec.name](), env)
 
 
-def options_of(name: str) -> type[MicroTask]:
-    """Return what takes the options of `name`."""
+def task_class(name: str) -> type[MicroTask]:
+    """Return the class of `name`; its constructor takes the options."""
     return _MICRO[name]

@@ -7,6 +7,7 @@ kill, limit, or launch several times.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing import start_processes
 
 from dipole.data import Episodes, Feature, Normalizer
 from dipole.diffusion import DenoisingObjective, Flow, LogitNormal
+from dipole.errors import DipoleError
+from dipole.training import TrainConfig, train
 
 STATE, ACTION = 3, 2
 
@@ -91,10 +95,20 @@ def make_standin(episodes: Episodes, seed: int = 0, **options) -> StandInPolicy:
 
 
 def main(out: str, *words: str) -> None:
-    from dipole.errors import DipoleError
-    from dipole.training import TrainConfig, train
-
     options = {key: json.loads(value) for key, value in (word.split("=", 1) for word in words)}
+    processes = options.pop("processes", 0)
+    if processes:  # forked after the imports, which take longer than the training
+        start_processes(_worker, (processes, out, options), nprocs=processes, start_method="fork")
+    else:
+        run(out, options)
+
+
+def _worker(rank: int, processes: int, out: str, options: dict) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    run(out, options)
+
+
+def run(out: str, options: dict) -> None:
     policy_options = {key: options.pop(key) for key in ("dropout", "mask_padding", "width") if key in options}
     resume = options.pop("resume", False)
     episodes = make_episodes()

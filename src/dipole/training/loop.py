@@ -105,7 +105,6 @@ def fit(
         return trainer.run(described, progress)
     finally:
         torch.set_num_threads(threads)
-        accelerator.free_memory()
 
 
 @dataclass
@@ -162,12 +161,13 @@ class Trainer:
             if self.step == 0:
                 self._save()
         loader = Loader.of(self.source, self.config, self.accelerator, self.step, self.plan.steps)
+        one = torch.ones((), device=self.accelerator.device)
         self._start_clocks(loader)
         try:
             with StopRequest() as stop, ProgressBar(self.plan.steps, self.step, progress if main else False) as bar:
                 for batch in loader:
                     loss, norm = self.updater.update(batch, self.step, self.plan.steps)
-                    self.meter += torch.stack([loss, norm, torch.ones_like(loss)])
+                    self.meter += torch.stack((loss, norm, one))
                     self.step += 1
                     self._after_update(loader, bar)
                     if self._must_stop(stop):

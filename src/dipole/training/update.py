@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -45,10 +46,15 @@ class Updater:
         self.accelerator, self.config, self.precision = accelerator, config, precision
         self.device = accelerator.device
         self.policy = policy.to(self.device).train()
-        self.ema = EMA(policy, config.ema, config.ema_decay)
         self.optimizer = make_optimizer(policy, config)
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self._model, self._stepper = accelerator.prepare(policy, self.optimizer)
+        # The optimizer stays bare: accelerate's wrapper searches for optional packages at every step.
+        with warnings.catch_warnings():
+            # torch 2.13 has a new name for `broadcast_buffers`, which accelerate does not pass on yet.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            self._model = accelerator.prepare(policy)
+        # Last: DistributedDataParallel may give the parameters other storage.
+        self.ema = EMA(policy, config.ema, config.ema_decay)
         objective = getattr(getattr(policy, "config", None), "objective", None)
         self._masked = accelerator.num_processes > 1 and getattr(objective, "mask_padding", False)
 
@@ -63,8 +69,8 @@ class Updater:
             loss = loss * self._share(batch)
         self.accelerator.backward(loss)
         norm = clip(self.parameters, self.config.grad_clip)
-        self._stepper.step()
-        self._stepper.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.ema.update()
         return loss.detach(), norm
 

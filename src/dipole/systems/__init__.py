@@ -6,13 +6,10 @@ A system module has `CARD`, a `Card`, and `TIERS`, a dict from tier name to a fu
 from __future__ import annotations
 
 import importlib
-import os
-import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from dipole import __version__
 from dipole.errors import DipoleError, unknown
@@ -72,6 +69,8 @@ def reproduce(
     Raises:
         DipoleError: Unknown system, or a tier it does not have.
     """
+    from dipole.evaluation.machine import machine
+
     module = _module(name)
     if tier not in module.TIERS:
         raise DipoleError(f"'{name}' has no tier '{tier}': it has {', '.join(tiers(name))}")
@@ -85,22 +84,9 @@ def reproduce(
         claims=tuple(claims),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         seconds=time.perf_counter() - start,
-        machine=_machine(),
+        machine=machine(),
         version=__version__,
         plots=tuple(run.plots),
     )
     write_json(folder / "report.json", report.as_dict())
     return report
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    return {
-        "cpu": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }

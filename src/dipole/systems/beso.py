@@ -1,0 +1,297 @@
+"""BESO: three denoising steps are enough, where the levels suit the data; guidance turns play into obedience.
+
+Source: Reuss et al., "Goal-Conditioned Imitation Learning using Score-based Diffusion Policies" (RSS 2023). Tier `ci`
+samples a two-mode density with its exact denoiser, so that what differs between samplers is the sampling alone. Tier
+`small` trains on 300 episodes of play in `micro/play4` and asks for two of four pads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from dipole.data import Episodes, Normalizer
+from dipole.data.hindsight import HindsightWindows
+from dipole.diffusion import DDIM, DDPM, EDM, VP, Heun, Kernel, LogLogistic, Process, sample
+from dipole.diffusion.oracle import MixtureDenoiser
+from dipole.diffusion.prediction import conversion
+from dipole.envs import collect
+from dipole.evaluation.episode import Rollouts
+from dipole.networks.gpt import GPTConfig
+from dipole.policies import SamplerConfig
+from dipole.policies.beso import BesoConfig, BesoPolicy
+from dipole.serialization import to_dict
+from dipole.systems.card import Card, Claim, Margin, Measure, Source
+from dipole.systems.experiment import listed, over_seeds, play, rate, train
+from dipole.systems.run import Run
+from dipole.training.config import TrainConfig
+
+CARD = Card(
+    name="beso",
+    title="BESO: goal-conditioned play with a score model in three steps",
+    source=Source("Goal-Conditioned Imitation Learning using Score-based Diffusion Policies", 2023, "2304.02532"),
+    axis="objective",
+    summary=(
+        "Preconditioned denoising with noise up to 1 instead of 80, over a short history of observations and actions, "
+        "with goals from the future of play data. Guidance scale 0 gives a policy without goals."
+    ),
+    claim="Three denoising steps instead of thirty; one training run gives a goal policy and a goal-free one.",
+    spec_section="a2",
+)
+
+ENV = "micro/play4"
+STATE, GOAL = "observation.state", "observation.goal"
+SEEDS = (0, 1, 2)
+DEMONSTRATIONS = 300
+EPISODES = 150
+SCALES = (0.0, 0.5, 1.0, 2.0, 3.0)
+NETWORK = GPTConfig(embed_dim=64, num_layers=4, num_heads=4, attention_dropout=0.05, residual_dropout=0.05)
+TRAINING: dict[str, Any] = {"steps": 2500, "batch_size": 128, "lr": 1e-3, "ema_decay": 0.995, "precision": "fp32"}
+NFES = (1, 2, 3, 5, 30)
+
+
+def demonstrations(seed: int) -> Episodes:
+    """Return play: all four pads in random order."""
+    return collect(ENV, DEMONSTRATIONS, seed=1000 * seed, play=True, steps_after_success=1000)
+
+
+def build(episodes: Episodes, seed: int, objective: str) -> BesoPolicy:
+    """Return an untrained policy."""
+    torch.manual_seed(seed)
+    stats = episodes.stats()
+    config = BesoConfig(
+        observation={key: episodes.features[key] for key in (STATE, GOAL)},
+        action=episodes.features["action"],
+        action_low=tuple(float(v) for v in stats["action"]["min"]),
+        action_high=tuple(float(v) for v in stats["action"]["max"]),
+        goal=GOAL,
+        goal_horizon=1,
+        network=NETWORK,
+        sigma_min=0.05,
+        objective=objective,  # type: ignore[arg-type]
+    )
+    return BesoPolicy(config, Normalizer.fit(stats, config.normalization_modes()))
+
+
+def scores(rollouts: Rollouts) -> dict[str, float]:
+    """Return the mean number of asked pads visited (`result`) and of any pads visited (`reward`), as shares of two."""
+    ends = [episode.trajectory.observations[STATE][-1] for episode in rollouts.episodes if episode.trajectory]
+    visits = [end[2:].sum() for end in ends]
+    return {"result": float(rollouts.column("return_").mean()), "reward": float(np.mean(visits)) / 2}
+
+
+def train_and_play(objective: str, seed: int) -> dict[str, Any]:
+    """Train one policy and play with every sampler asked of it; scores by name."""
+    episodes = demonstrations(seed)
+    policy = build(episodes, seed, objective)
+    windows = HindsightWindows(episodes, [STATE], policy.config.window, policy.config.goal_horizon, seed=seed)
+    trained = train(policy, windows, TrainConfig(seed=seed, **TRAINING))
+    runs: dict[str, tuple[SamplerConfig, float]] = {}
+    if objective == "edm":
+        runs |= {f"nfe{n}": (SamplerConfig("ddim", n, "exponential"), 1.0) for n in NFES}
+        runs |= {f"scale{scale:g}": (SamplerConfig("ddim", 3, "exponential"), scale) for scale in SCALES}
+    else:
+        runs |= {f"leading{n}": (SamplerConfig("ddim", n, "leading", clip=1.0), 1.0) for n in (3, 30)}
+        runs |= {"trailing3": (SamplerConfig("ddim", 3, "trailing", clip=1.0), 1.0)}
+    return {
+        name: scores(play(trained.with_sampler(sampler, scale), ENV, EPISODES, keep_trajectories=True))
+        for name, (sampler, scale) in runs.items()
+    }
+
+
+def small(run: Run) -> list[Claim]:
+    """Train the score model and its discrete-process rival on play, ask for two pads."""
+    parts: dict[str, list[dict[str, Any]]] = {"edm": [], "ddpm": []}
+    for seed in SEEDS:
+        for objective, results in parts.items():
+            config = {
+                "network": to_dict(NETWORK),
+                "training": TRAINING,
+                "episodes": [DEMONSTRATIONS, EPISODES],
+                "runs": [NFES, SCALES],
+                "seed": seed,
+            }
+            results.append(run.part(f"{objective}-{seed}", config, partial(train_and_play, objective, seed)))
+
+    def values(objective: str, name: str, score: str = "result") -> list[float]:
+        return [part[name][score] for part in parts[objective]]
+
+    _plots(run, values)
+    return [*_few_steps(values), *_guidance(values)]
+
+
+def _few_steps(values: Any) -> list[Claim]:
+    three, thirty = values("edm", "nfe3"), values("edm", "nfe30")
+    leading, trailing = values("ddpm", "leading3"), values("ddpm", "trailing3")
+    name, rival = max((("leading", leading), ("trailing", trailing)), key=lambda pair: float(np.mean(pair[1])))
+    enough = Claim(
+        "three steps are as good as thirty",
+        "3 instead of 30+",
+        rate(three),
+        rate(thirty),
+        Margin("ratio", low=0.95),
+        f"share of the asked pads visited, guidance 1; at 3: {listed(three)}; at 30: {listed(thirty)}",
+    )
+    better = Claim(
+        "at three steps better than a discrete process",
+        "+0.15 (estimate)",
+        rate(three),
+        rate(rival),
+        Margin("difference", low=0.15),
+        f"rival: same network, data and budget, noise prediction in 100 levels, DDIM-3, the better spacing ({name}); "
+        f"{listed(rival)}",
+    )
+    own = Claim(
+        "the discrete process with 30 steps, for comparison",
+        "",
+        rate(three),
+        rate(values("ddpm", "leading30")),
+        None,
+        "ours is still three steps",
+    )
+    return [enough, better, own]
+
+
+def _guidance(values: Any) -> list[Claim]:
+    free, guided = values("edm", "scale0"), values("edm", "scale2")
+    results = ", ".join(f"{scale:g}: {np.mean(values('edm', f'scale{scale:g}')):.3f}" for scale in SCALES)
+    follows = Claim(
+        "guidance makes play follow its goal",
+        "raises the result",
+        rate(guided),
+        rate(free),
+        Margin("difference", low=0.1),
+        f"share of the asked pads visited, scale 2 against 0; by scale {results}",
+    )
+    reward = [values("edm", f"scale{scale:g}", "reward") for scale in (0.0, 3.0)]
+    keeps = Claim(
+        "guidance does not spoil the playing",
+        "reward within 10 %",
+        over_seeds(reward[1], 0.0),
+        over_seeds(reward[0], 0.0),
+        Margin("ratio", low=0.9, high=1.1),
+        "any pads visited, over two; scale 3 against 0",
+    )
+    return [follows, keeps]
+
+
+def _plots(run: Run, values: Any) -> None:
+    with run.plot("steps") as axes:
+        axes.plot(NFES, [np.mean(values("edm", f"nfe{n}")) for n in NFES], "o-", label="EDM, sigma up to 1")
+        axes.plot([3, 30], [np.mean(values("ddpm", f"leading{n}")) for n in (3, 30)], "s--", label="DDPM-100, DDIM")
+        axes.set_xscale("log")
+        axes.set_xlabel("network calls per action")
+        axes.set_ylabel("asked pads visited")
+        axes.legend()
+    with run.plot("guidance") as axes:
+        for score in ("result", "reward"):
+            axes.plot(SCALES, [np.mean(values("edm", f"scale{scale:g}", score)) for scale in SCALES], "o-", label=score)
+        axes.set_xlabel("guidance scale")
+        axes.legend()
+
+
+def share_in_mode(process: Process, levels: torch.Tensor, kernel: Kernel, count: int = 20_000) -> float:
+    """Return the share of samples within three standard deviations of a mode of two, at -0.6 and 0.6, std 0.05."""
+    denoiser = MixtureDenoiser(torch.tensor([0.5, 0.5]), torch.tensor([[-0.6], [0.6]]), torch.tensor(0.05), process)
+    noise = torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = float(process.prior_std(levels[0])) * noise
+    x = sample(denoiser, process, levels, kernel, init=start, generator=torch.Generator().manual_seed(1))
+    return float(((x.abs() - 0.6).abs() < 0.15).double().mean())
+
+
+def ci(run: Run) -> list[Claim]:
+    """Sample a known density with its exact denoiser, and check the identities of the spec."""
+    table = _table()
+    three = Measure(table["EDM-DDIM exponential [0.05, 1], 3"][1])
+    rival = Measure(table["VP-100 DDIM leading, 3"][1])
+    note = "share of 20 000 samples in a mode, exact denoiser: the levels alone make the difference"
+    gain = Claim("three steps: EDM up to 1 against VP", "+0.34", three, rival, Margin("difference", low=0.33), note)
+    rows = [
+        # the table is rounded to 0.01, and the standard error of a share of 20 000 is at most 0.0035
+        Claim(name, f"{paper:.2f}", Measure(ours), None, Margin(low=paper - 0.02, high=paper + 0.02))
+        for name, (paper, ours) in table.items()
+    ]
+    with run.plot("shares", 8, 5) as axes:
+        axes.barh(list(table), [ours for _, ours in table.values()])
+        axes.set_xlabel("share in a mode")
+    return [gain, *rows, *_identities()]
+
+
+def _table() -> Mapping[str, tuple[float, float]]:
+    """Return the shares in a mode: name -> (closed-form table of the spec, ours)."""
+    beso, vp = EDM(0.05, 1.0), VP.cosine(100)
+    cases: list[tuple[str, float, Process, int, Any, Kernel]] = [
+        ("EDM-DDIM exponential [0.05, 1]", paper, beso, n, "exponential", DDIM())
+        for n, paper in ((1, 0.11), (2, 0.41), (3, 0.89), (5, 0.98), (10, 1.0))
+    ]
+    cases += [
+        ("EDM-DDIM linear [0.1, 1]", 0.97, EDM(0.1, 1.0), 3, "linear", DDIM()),
+        ("EDM ancestral linear [0.005, 1]", 0.52, EDM(0.005, 1.0), 3, "linear", DDIM(eta=1.0)),
+        ("EDM-DDIM exponential [0.001, 80]", 0.63, EDM(0.001, 80.0), 3, "exponential", DDIM()),
+        ("EDM-DDIM exponential [0.001, 80]", 0.94, EDM(0.001, 80.0), 10, "exponential", DDIM()),
+        ("VP-100 DDIM leading", 0.55, vp, 3, "leading", DDIM()),
+        ("VP-100 DDIM leading", 0.97, vp, 10, "leading", DDIM()),
+        ("VP-100 DDIM leading", 0.99, vp, 16, "leading", DDIM()),
+        ("VP-100 DDPM leading", 0.47, vp, 3, "leading", DDPM()),
+        ("VP-100 DDPM leading", 0.97, vp, 10, "leading", DDPM()),
+        ("VP-100 DDPM", 1.0, vp, 100, "leading", DDPM()),
+    ]
+    return {
+        f"{name}, {n}": (paper, share_in_mode(process, process.levels(n, spacing), kernel))
+        for name, paper, process, n, spacing, kernel in cases
+    }
+
+
+def _identities() -> list[Claim]:
+    process, generator = EDM(0.005, 1.0, rho=5.0), torch.Generator().manual_seed(0)
+    x, x0 = (torch.randn(64, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    levels = process.levels(6, "karras").tolist()
+    euler = max(
+        float((DDIM().step(x, x0, t, s, process).mean - (x + (s - t) * (x - x0) / t)).abs().max())
+        for t, s in itertools.pairwise(levels)
+    )
+    quiet = max(
+        float((DDIM(eta=0.0).step(x, x0, t, s, process).mean - (s / t * x + (1 - s / t) * x0)).abs().max())
+        for t, s in itertools.pairwise(levels)
+    )
+    ends = max(
+        abs(float(process.levels(n, spacing)[k]) - edge)
+        for spacing in ("exponential", "linear", "karras")
+        for n in (2, 3, 10)
+        for k, edge in ((0, 1.0), (-2, 0.005), (-1, 0.0))
+    )
+    denoiser = MixtureDenoiser(torch.ones(2), torch.tensor([[-0.6], [0.6]]), torch.tensor(0.05), process)
+    one = process.levels(1, "exponential")
+    heun, single = (sample(denoiser, process, one, kernel, init=x[:, :1]) for kernel in (Heun(), DDIM()))
+    sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
+    _, c_x, c_out = conversion("edm", process, sigma, 0.5)
+    power = c_x**2 * (sigma**2 + 0.25) + c_out**2
+    small = Margin(high=1e-12)
+    return [
+        Claim("DDIM is Euler's step", "2e-16", Measure(euler), None, small, "largest difference"),
+        Claim("DDIM is (s'/s) x + (1 - s'/s) D", "0", Measure(quiet), None, small, "largest difference"),
+        Claim("schedules begin and end at their bounds", "0", Measure(ends), None, small, "largest difference"),
+        Claim("Heun with one step is Euler", "0", Measure(float((heun - single).abs().max())), None, small),
+        Claim("c_skip^2 (sigma^2 + s^2) + c_out^2 = s^2", "0", Measure(float((power - 0.25).abs().max())), None, small),
+        _training_levels(),
+    ]
+
+
+def _training_levels() -> Claim:
+    """The Kolmogorov distance of drawn levels from the truncated log-logistic."""
+    time, count = LogLogistic(math.log(0.5), 0.5, 0.005, 1.0), 100_000
+    drawn = time.sample((count,), EDM(0.005, 1.0), torch.Generator().manual_seed(0)).sort().values
+    low, high = (1 / (1 + (edge / 0.5) ** -2) for edge in (0.005, 1.0))  # scale 0.5: the exponent is 2
+    exact = (1 / (1 + (drawn / 0.5) ** -2) - low) / (high - low)
+    distance = float((exact - (torch.arange(count) + 0.5) / count).abs().max())
+    # 1.95 / sqrt(n) is exceeded once in a thousand
+    return Claim("training levels are log-logistic", "0", Measure(distance), None, Margin(high=1.95 / math.sqrt(count)))
+
+
+TIERS = {"ci": ci, "small": small}

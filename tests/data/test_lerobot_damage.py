@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import make_episodes
+from data_helpers import FIXTURES, make_episodes
 
 from dipole.data.formats import lerobot
 from dipole.errors import DipoleError
@@ -248,3 +248,52 @@ def test_nan_can_be_let_through(whole, tmp_path):
 def test_impossible_choices_are_refused(options, message, whole):
     with pytest.raises(DipoleError, match=message):
         lerobot.read(whole / "png", **options)
+
+
+def line(path, number, change):
+    """Change one JSON line of a file."""
+
+    def damage(root):
+        lines = (root / path).read_text().splitlines()
+        lines[number] = change if isinstance(change, str) else json.dumps(json.loads(lines[number]) | change)
+        (root / path).write_text("\n".join(lines))
+
+    return damage
+
+
+OLD_DAMAGES = {
+    "no episodes listed": (remove("meta/episodes.jsonl"), "episodes.jsonl is missing"),
+    "an episode cut": (line("meta/episodes.jsonl", 1, '{"episode_index": 1, "len'), "episodes.jsonl is not valid JSON"),
+    "an episode is a number": (line("meta/episodes.jsonl", 1, "17"), "one JSON object per line"),
+    "an episode without length": (line("meta/episodes.jsonl", 1, "{}"), "no 'episode_index'"),
+    "an episode too long": (line("meta/episodes.jsonl", 1, {"length": 12}), "'total_frames' is 33, but .* 34"),
+    "no file of an episode": (remove("data/chunk-000/episode_000001.parquet"), "episode_000001.parquet is missing"),
+    "no video of an episode": (
+        remove("videos/chunk-000/observation.images.top/episode_000001.mp4"),
+        "episode_000001.mp4 is missing",
+    ),
+    "no tasks": (remove("meta/tasks.jsonl"), "tasks.jsonl is missing"),
+    "a task without number": (line("meta/tasks.jsonl", 0, '{"task": "push"}'), "no 'task_index'"),
+    "chunks of nothing": (info(chunks_size=0), "'chunks_size' is 0"),
+    "episodes in another file": (
+        lambda root: shutil.copy(
+            root / "data/chunk-000/episode_000002.parquet", root / "data/chunk-000/episode_000001.parquet"
+        ),
+        "episode_000001.parquet lacks frames of episode 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD_DAMAGES)
+def test_damage_to_version_2(name, tmp_path):
+    pytest.importorskip("av")
+    damage, message = OLD_DAMAGES[name]
+    check(shutil.copytree(FIXTURES / "lerobot_dataset_v21", tmp_path / "set"), damage, message)
+
+
+def test_version_2_0_is_read(tmp_path):
+    # v2.0 differs from v2.1 in its files of statistics, which are not read.
+    root = shutil.copytree(FIXTURES / "lerobot_dataset_v21", tmp_path / "set")
+    (root / "meta/episodes_stats.jsonl").unlink()
+    info(codebase_version="v2.0")(root)
+    assert lerobot.read(root, images=False).num_frames == 33

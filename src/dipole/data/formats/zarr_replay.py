@@ -37,14 +37,11 @@ def read(path: str | Path, fps: float | None = None, images: bool = True, allow_
             "add it with dipole.data.pusht.with_images"
         )
     group = _open(path, "open_group")
-    for name in ("data", "meta/episode_ends"):
-        if name not in group:
-            raise DipoleError(f"{path} has no '{name}': it is no replay buffer, or is incomplete")
-    ends = _load(group["meta/episode_ends"], path, "meta/episode_ends")
-    columns = {}
-    for name, array in group["data"].arrays():
-        if images or len(array.shape) < 4:
-            columns[name] = _load(array, path, f"data/{name}")
+    stored, arrays = _members(group, path)
+    ends = _load(stored, path, "meta/episode_ends")
+    columns = {
+        name: _load(array, path, f"data/{name}") for name, array in arrays.items() if images or len(array.shape) < 4
+    }
     return raw.to_episodes(columns, ends, path, fps, allow_nan)
 
 
@@ -66,6 +63,22 @@ def _open(path: Path, opener: str) -> Any:
     except Exception as error:  # zarr raises whatever its JSON, codec and zip readers raise
         kind = "group" if opener == "open_group" else "array"
         raise DipoleError(f"{path} is not a whole zarr {kind} ({_line(error)}): copy or download it again") from None
+
+
+def _members(group: Any, path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the arrays `meta/episode_ends` and `data/*`, described but not read."""
+    try:
+        for name in ("data", "meta/episode_ends"):
+            if name not in group:
+                raise DipoleError(f"{path} has no '{name}': it is no replay buffer, or is incomplete")
+        return group["meta/episode_ends"], dict(sorted(group["data"].arrays()))
+    except DipoleError:
+        raise
+    except Exception as error:  # as above
+        raise DipoleError(
+            f"{path} holds an array that cannot be read ({_line(error)}): damaged, or packed with a codec "
+            "that is not installed"
+        ) from None
 
 
 def _load(array: Any, path: Path, name: str) -> np.ndarray:

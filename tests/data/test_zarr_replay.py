@@ -1,0 +1,169 @@
+"""diffusion_policy's ReplayBuffer: a golden folder written by zarr 2.18, and zarr 2 stores written by zarr 3."""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from data_helpers import FIXTURES, make_episodes
+
+from dipole.data import Episodes, Feature, load, pusht
+from dipole.data.formats import zarr_replay
+from dipole.errors import DipoleError
+
+zarr = pytest.importorskip("zarr")
+GOLDEN = FIXTURES / "replay_buffer.zarr"
+
+
+def write(path, ends=(3, 7), **arrays):
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    for name, array in arrays.items():
+        kept = group.create_array(f"data/{name}", shape=array.shape, dtype=array.dtype, chunks=(2, *array.shape[1:]))
+        kept[:] = array
+    stored = group.create_array("meta/episode_ends", shape=(len(ends),), dtype="int64")
+    stored[:] = np.array(ends)
+    return path
+
+
+def test_golden():
+    data = zarr_replay.read(GOLDEN)
+    np.testing.assert_array_equal(data.ends, [10, 20])
+    assert data.features["observation.image"] == Feature("image", (96, 96, 3))
+    assert data.features["observation.state"] == Feature("float32", (5,))
+    # the chunk is Blosc-packed float32: read by zarr itself
+    np.testing.assert_array_equal(data.columns["action"], zarr.open_group(GOLDEN, mode="r")["data/action"][:])
+    assert data.columns["action"].std() > 0.2
+
+
+def test_many_chunks_large_and_zipped(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "action": rng.normal(size=(7, 2)).astype(np.float32),
+        "force": rng.normal(size=(7, 6)),
+        "side_view": rng.integers(0, 256, (7, 12, 10, 3), dtype=np.uint8),
+        "img": rng.integers(1, 256, (7, 12, 10, 3)).astype(np.float32),
+    }
+    path = write(tmp_path / "a.zarr", **arrays)
+    monkeypatch.setattr(zarr_replay, "_READ_BYTES", 100)
+    whole = zarr_replay.read(path)
+    assert set(whole.columns) == {"action", "observation.force", "observation.images.side_view", "observation.image"}
+    np.testing.assert_array_equal(whole.columns["observation.images.side_view"], arrays["side_view"])
+    np.testing.assert_array_equal(whole.columns["observation.image"], arrays["img"])
+    np.testing.assert_array_equal(whole.columns["observation.force"], arrays["force"].astype(np.float32))
+    assert set(zarr_replay.read(path, images=False).columns) == {"action", "observation.force"}
+    with zipfile.ZipFile(tmp_path / "a.zarr.zip", "w") as file:
+        for part in sorted(path.rglob("*")):
+            file.write(part, part.relative_to(path))
+    zipped = load(tmp_path / "a.zarr.zip", episodes=[1])
+    for key, column in zipped.columns.items():
+        np.testing.assert_array_equal(column, whole.episode(1)[key])
+    monkeypatch.setenv("DIPOLE_COLUMN_MEMORY_MB", "0.0001")
+    mapped = zarr_replay.read(path)
+    assert isinstance(mapped.columns["observation.images.side_view"].base, np.memmap) or isinstance(
+        mapped.columns["observation.images.side_view"], np.memmap
+    )
+    np.testing.assert_array_equal(mapped.columns["observation.images.side_view"], arrays["side_view"])
+
+
+def test_pusht_gets_the_simulators_observation(tmp_path):
+    rng = np.random.default_rng(0)
+    state = rng.uniform(0, 500, (7, 5)).astype(np.float32)
+    arrays = {
+        "state": state,
+        "action": rng.uniform(0, 500, (7, 2)).astype(np.float32),
+        "keypoint": np.ones((7, 9, 2), np.float32),
+        "n_contacts": np.ones((7, 1), np.float32),
+    }
+    data = zarr_replay.read(write(tmp_path / "a.zarr", **arrays))
+    assert set(data.features) == {"observation.state", "observation.environment_state", "action", "task_index"}
+    np.testing.assert_array_equal(data.columns["observation.environment_state"], pusht.block_corners(state[:, 2:]))
+    pictures = rng.integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    array = zarr.create_array(str(tmp_path / "img.zarr"), shape=pictures.shape, dtype="uint8", zarr_format=2)
+    array[:] = pictures
+    both = pusht.with_images(data, tmp_path / "img.zarr")
+    np.testing.assert_array_equal(both.columns["observation.image"], pictures)
+    with pytest.raises(DipoleError, match=r"it must be uint8 \[3, H, W, 3\], a picture per frame"):
+        pusht.with_images(data.select([0]), tmp_path / "img.zarr")
+    with pytest.raises(DipoleError, match="single array and does not say where episodes end.*with_images"):
+        load(tmp_path / "img.zarr")
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil.txt", "w"))
+
+
+def pickled(root):
+    """An array of Python objects behind numcodecs' pickle filter."""
+    description = json.loads((root / "data/action/.zarray").read_text())
+    description |= {"dtype": "|O", "filters": [{"id": "pickle", "protocol": 5}], "compressor": None, "fill_value": None}
+    (root / "data/action/.zarray").write_text(json.dumps(description))
+    (root / "data/action/0.0").write_bytes(pickle.dumps(np.array([Evil()], object)))
+
+
+def change(path, **changes):
+    def damage(root):
+        value = json.loads((root / path).read_text())
+        (root / path).write_text(json.dumps(value | changes))
+
+    return damage
+
+
+def garble(root):
+    chunk = root / "data/action/0.0"
+    chunk.write_bytes(b"\xaa" * len(chunk.read_bytes()))
+
+
+DAMAGES = {
+    "no group": (lambda root: (root / ".zgroup").unlink(), "not a whole zarr group"),
+    "group garbled": (lambda root: (root / ".zgroup").write_text("{"), "not a whole zarr group"),
+    "no data": (lambda root: shutil.rmtree(root / "data"), "has no 'data'"),
+    "no ends": (lambda root: shutil.rmtree(root / "meta"), "has no 'meta/episode_ends'"),
+    "a chunk missing": (lambda root: (root / "data/img/1.0.0.0").unlink(), "'data/img' lacks 1 of its 2 chunk files"),
+    "a chunk garbled": (garble, "'data/action' cannot be unpacked"),
+    "a chunk cut": (lambda root: (root / "data/action/0.0").write_bytes(b"\x02"), "'data/action' cannot be unpacked"),
+    "description garbled": (lambda root: (root / "data/action/.zarray").write_text("{"), "cannot be read"),
+    "rows of another set": (
+        change("data/action/.zarray", shape=[15, 2], chunks=[20, 2]),
+        "'action' has 15 rows, .* 20",
+    ),
+    "absurd size": (change("data/action/.zarray", shape=[10**12, 10**6], chunks=[10**12, 10**6]), "needs .* GiB"),
+    "unknown codec": (change("data/action/.zarray", compressor={"id": "imagecodecs_jpeg2k"}), "cannot be read.*codec"),
+    "objects": (pickled, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    damage, message = DAMAGES[name]
+    root = shutil.copytree(GOLDEN, tmp_path / "a.zarr")
+    zarr_replay.read(root)
+    damage(root)
+    with pytest.raises(DipoleError, match=message) as caught:
+        zarr_replay.read(root)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_nan_is_refused(tmp_path):
+    action = np.zeros((7, 2), np.float32)
+    action[5] = np.nan
+    path = write(tmp_path / "a.zarr", action=action + 1)
+    with pytest.raises(DipoleError, match="'action' holds NaN or infinity, first in episode 1, frame 2"):
+        load(path)
+    assert load(path, allow_nan=True).num_frames == 7
+
+
+def test_a_broken_zip_is_refused(tmp_path):
+    (tmp_path / "a.zarr.zip").write_bytes(b"PK no zip")
+    with pytest.raises(DipoleError, match="not a whole zarr group"):
+        load(tmp_path / "a.zarr.zip")
+
+
+def test_made_data_are_not_taken_for_pusht():
+    data = make_episodes()
+    assert isinstance(data, Episodes)
+    assert not pusht.is_pusht({"state": np.zeros((3, 5)), "action": np.zeros((3, 2))})

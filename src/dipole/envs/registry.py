@@ -30,6 +30,7 @@ MODULES = (
     "dipole.envs.adapters.maze",
     "dipole.envs.adapters.fetch",
     "dipole.envs.adapters.gymnasium_mujoco",
+    "dipole.envs.adapters.ogbench",
 )
 
 

@@ -22,14 +22,17 @@ class SyncVector:
     Args:
         builders: One function per row that builds its environment.
         max_steps: Time limit in env steps in place of the environment's own.
+
+    Attributes:
+        envs: The single environments, row by row.
     """
 
     def __init__(self, builders: Sequence[Callable[[], SingleEnv]], max_steps: int | None = None) -> None:
         if not builders:
             raise ValueError("a vector of environments needs at least one")
-        self._envs = [build() for build in builders]
-        self.num_envs = len(self._envs)
-        spec = self._envs[0].spec
+        self.envs = [build() for build in builders]
+        self.num_envs = len(self.envs)
+        spec = self.envs[0].spec
         self.spec: EnvSpec = spec if max_steps is None else replace(spec, max_steps=max_steps)
         self._clock = np.zeros(self.num_envs, dtype=np.int64)
         self._running = np.zeros(self.num_envs, dtype=bool)
@@ -38,7 +41,7 @@ class SyncVector:
         """Start the episodes that `seeds` name; see `VectorEnv.reset`."""
         rows = check_rows(rows, self.num_envs, len(seeds), "seeds")
         self._clock[rows], self._running[rows] = 0, True
-        return stack_observations([self._envs[row].reset(int(seed)) for row, seed in zip(rows, seeds, strict=True)])
+        return stack_observations([self.envs[row].reset(int(seed)) for row, seed in zip(rows, seeds, strict=True)])
 
     def step(self, actions: np.ndarray, rows: Sequence[int]) -> StepResult:
         """Step `rows`; see `VectorEnv.step`."""
@@ -46,7 +49,7 @@ class SyncVector:
         rows = check_rows(rows, self.num_envs, len(actions), "actions")
         if not self._running[rows].all():
             raise ValueError(f"rows {[row for row in rows if not self._running[row]]} must be reset before a step")
-        transitions = [self._envs[row].step(action) for row, action in zip(rows, actions, strict=True)]
+        transitions = [self.envs[row].step(action) for row, action in zip(rows, actions, strict=True)]
         self._clock[rows] += 1
         result = self._collate(transitions, rows)
         self._running[rows] = ~result.done
@@ -65,12 +68,12 @@ class SyncVector:
 
     def render(self, row: int) -> np.ndarray:
         """Return a picture of one row, uint8 `[H, W, 3]`."""
-        return self._envs[row].render()
+        return self.envs[row].render()
 
     def close(self) -> None:
         """Close every environment. May be called twice."""
-        while self._envs:
-            self._envs.pop().close()
+        while self.envs:
+            self.envs.pop().close()
 
     def __enter__(self) -> Self:
         return self

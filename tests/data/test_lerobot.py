@@ -9,7 +9,7 @@ import pytest
 from data_helpers import FIXTURES, make_episodes, shared
 
 from dipole.data import Episodes, Feature, load
-from dipole.data.formats import lerobot, lerobot_write
+from dipole.data.formats import lerobot, lerobot_arrow, lerobot_write
 from dipole.errors import DipoleError
 
 GOLDEN = ["lerobot_dataset_v21", "lerobot_dataset_v3"]
@@ -123,9 +123,10 @@ def test_round_trip_of_every_kind_of_feature(tmp_path):
 
 def test_many_files(tmp_path, monkeypatch):
     pytest.importorskip("av")
-    monkeypatch.setattr(lerobot_write, "DATA_FILE_MB", 1e-5)  # a new table for every episode
+    monkeypatch.setattr(lerobot_arrow, "DATA_FILE_MB", 1e-5)  # a new table for every episode
     monkeypatch.setattr(lerobot_write, "VIDEO_FILE_MB", 0)
-    monkeypatch.setattr(lerobot_write, "FILES_PER_CHUNK", 2)
+    for module in (lerobot_arrow, lerobot_write):
+        monkeypatch.setattr(module, "FILES_PER_CHUNK", 2)
     data = make_episodes((5, 3, 9, 2, 4), cameras=["top"])
     lerobot.write(data, tmp_path / "set", pictures="h264")
     assert len(list((tmp_path / "set/data").glob("chunk-00[012]/file-00[01].parquet"))) == 5

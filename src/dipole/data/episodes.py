@@ -105,7 +105,7 @@ class Episodes:
     @property
     def frame_index(self) -> np.ndarray:
         """int64 `[N]`: position of each frame in its episode."""
-        return np.arange(self.num_frames) - np.repeat(self.starts, self.lengths)
+        return np.asarray(np.arange(self.num_frames) - np.repeat(self.starts, self.lengths))
 
     @property
     def timestamp(self) -> np.ndarray:
@@ -182,7 +182,8 @@ class Episodes:
         if not episodes:
             raise DipoleError("the dataset has no episodes")
         keys = list(episodes[0] if features is None else features)
-        lengths, columns = [], {key: [] for key in keys}
+        lengths: list[int] = []
+        columns: dict[str, list[np.ndarray]] = {key: [] for key in keys}
         for number, episode in enumerate(episodes):
             arrays = {key: _as_column(episode, key, number) for key in keys}
             sizes = {key: len(array) for key, array in arrays.items()}
@@ -245,4 +246,4 @@ def _retasked(part: Episodes, key: str, tasks: tuple[str, ...]) -> np.ndarray:
     if key != TASK_INDEX or not part.tasks:
         return part.columns[key]
     numbers = np.array([tasks.index(task) for task in part.tasks], dtype=np.int64)
-    return numbers[part.columns[key]]
+    return np.asarray(numbers[part.columns[key]])

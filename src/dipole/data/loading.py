@@ -80,7 +80,7 @@ def load(
     reader = importlib.import_module(f"dipole.data.formats.{detect(found)}").read
     offered = {"episodes": episodes, "keys": keys, "images": images, "allow_nan": allow_nan}
     known = inspect.signature(reader).parameters
-    data = reader(found, **{name: value for name, value in offered.items() if name in known})
+    data: Episodes = reader(found, **{name: value for name, value in offered.items() if name in known})
     wanted = list(data.features if keys is None else keys)
     if not images:
         wanted = [key for key in wanted if not data.feature(key).is_image]

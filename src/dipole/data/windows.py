@@ -128,7 +128,7 @@ class _Source(NamedTuple):
 
     def gather(self, position: np.ndarray) -> np.ndarray:
         """Return the runs that start at `position` [B]: `[B, horizon, *shape]`."""
-        taken = self.runs[position].view(self.dtype).reshape(len(position), *self.shape)
+        taken: np.ndarray = self.runs[position].view(self.dtype).reshape(len(position), *self.shape)
         return taken if self.column is None else self.column.take(taken, axis=0)
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def _parse(path: Path, text: str) -> Any:
         raise DipoleError(f"{path} is not valid JSON ({error}): the file is damaged, download it again") from None
 
 
-def entry(row: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+def entry(row: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     """Return `row[key]` if it is of type `kind`, or raise naming the file and the key. bool is no int here."""
     if key not in row:
         raise DipoleError(f"{path} has no '{key}'")

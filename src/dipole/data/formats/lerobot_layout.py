@@ -177,7 +177,7 @@ def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
         if not (pa.types.is_integer(kind) or (name.endswith("timestamp") and pa.types.is_floating(kind))):
             raise DipoleError(f"{path}: '{name}' is {kind}, it must be a number")
     try:
-        rows = file.read(columns=columns).to_pylist()
+        rows: list[dict[str, Any]] = file.read(columns=columns).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DipoleError(f"{path} is damaged ({error}): download it again") from None
     for row in rows:

@@ -71,7 +71,7 @@ class Batch:
         column = self._column(key)
         if not pa.types.is_integer(column.type):
             raise DipoleError(f"{self._table.path}: '{key}' is {column.type}, it must be an integer")
-        return column.to_numpy(zero_copy_only=False).astype(np.int64)
+        return np.asarray(column.to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def timestamps(self) -> np.ndarray:
         """Return the time of every row in its episode, float64 [rows], seconds."""
@@ -116,7 +116,7 @@ class Batch:
         kind, wanted = column.type, feature.numpy_dtype
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             self._refuse(key, str(kind), feature)
-        values = column.to_numpy(zero_copy_only=False)
+        values: np.ndarray = column.to_numpy(zero_copy_only=False)
         if not np.can_cast(values.dtype, wanted, casting="same_kind"):
             self._refuse(key, str(kind), feature)
         return values.astype(wanted, copy=False).reshape(rows, *feature.shape)
@@ -145,7 +145,7 @@ class Batch:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _line(error: Exception) -> str:

@@ -18,17 +18,24 @@ import pyarrow.parquet as pq
 from dipole.data import statistics
 from dipole.data.episodes import Episodes
 from dipole.data.features import IMPLICIT, TASK_INDEX, Feature
-from dipole.data.formats import png
 from dipole.data.formats.files import atomic_folder
+from dipole.data.formats.lerobot_arrow import (
+    DATA_FILE_MB,
+    DATA_PATH,
+    FILES_PER_CHUNK,
+    VIDEO_FILE_MB,
+    VIDEO_PATH,
+    Tables,
+    arrow_type,
+    create,
+    hub_feature,
+    place,
+    to_arrow,
+)
 from dipole.errors import DipoleError, unknown
 
 Pictures = Literal["png", "h264", "av1"]
 
-DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-FILES_PER_CHUNK = 1000
-DATA_FILE_MB = 100
-VIDEO_FILE_MB = 200
 DEFAULT_TASK = "no task was named"
 
 _IMPLICIT_FEATURES = {"timestamp": Feature("float32", (1,))} | {
@@ -60,7 +67,7 @@ def write(
     features = {key: _stored(key, feature, pictures) for key, feature in episodes.features.items()}
     features |= {key: f for key, f in _IMPLICIT_FEATURES.items() if key not in features}
     with atomic_folder(Path(path), overwrite) as root:
-        table = {"episode_index": list(range(episodes.num_episodes))}
+        table: dict[str, list[Any]] = {"episode_index": list(range(episodes.num_episodes))}
         table |= _write_frames(episodes, features, root)
         for key in (key for key, feature in features.items() if feature.dtype == "video"):
             table |= _write_videos(episodes, key, root, pictures)
@@ -85,7 +92,7 @@ def _frames(episodes: Episodes, index: int) -> dict[str, np.ndarray]:
     length = int(episodes.lengths[index])
     start = int(episodes.starts[index])
     frame = np.arange(length)
-    implicit = {
+    implicit: dict[str, np.ndarray] = {
         "timestamp": (frame / episodes.fps).astype(np.float32),
         "frame_index": frame,
         "episode_index": np.full(length, index),
@@ -98,14 +105,14 @@ def _frames(episodes: Episodes, index: int) -> dict[str, np.ndarray]:
 def _write_frames(episodes: Episodes, features: dict[str, Feature], root: Path) -> dict[str, list[Any]]:
     """Write the tables; return the columns of the table of episodes that say where each one lies."""
     in_table = {key: feature for key, feature in features.items() if feature.dtype != "video"}
-    schema = pa.schema([(key, _arrow_type(feature)) for key, feature in in_table.items()])
-    notes = {"info": {"features": {key: _hub_feature(feature) for key, feature in in_table.items()}}}
+    schema = pa.schema([(key, arrow_type(feature)) for key, feature in in_table.items()])
+    notes: dict[str, Any] = {"info": {"features": {key: hub_feature(feature) for key, feature in in_table.items()}}}
     schema = schema.with_metadata({"huggingface": json.dumps(notes)})
     files = []
-    with _Tables(root, schema) as tables:
+    with Tables(root, schema) as tables:
         for index in range(episodes.num_episodes):
             columns = _frames(episodes, index)
-            arrays = [_arrow(columns[key], feature) for key, feature in in_table.items()]
+            arrays = [to_arrow(columns[key], feature) for key, feature in in_table.items()]
             files.append(tables.write(pa.Table.from_arrays(arrays, schema=schema)))
     return {
         "tasks": [_tasks_of(episodes, index) for index in range(episodes.num_episodes)],
@@ -115,48 +122,6 @@ def _write_frames(episodes: Episodes, features: dict[str, Feature], root: Path) 
         "dataset_from_index": episodes.starts.tolist(),
         "dataset_to_index": episodes.ends.tolist(),
     }
-
-
-class _Tables:
-    """The parquet files of frames, each closed when it has grown to 100 MB."""
-
-    def __init__(self, root: Path, schema: pa.Schema) -> None:
-        self._root = root
-        self._schema = schema
-        self._number = 0
-        self._open()
-
-    def __enter__(self) -> _Tables:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _open(self) -> None:
-        self._sink = _create(self._root / _place(DATA_PATH, self._number))
-        self._writer = pq.ParquetWriter(self._sink, self._schema, compression="snappy")
-
-    def _close(self) -> None:
-        self._writer.close()
-        self._sink.close()
-
-    def write(self, table: pa.Table) -> int:
-        """Write an episode; return the number of its file."""
-        if self._sink.tell() > DATA_FILE_MB * 2**20:
-            self._close()
-            self._number += 1
-            self._open()
-        self._writer.write_table(table)
-        return self._number
-
-
-def _place(template: str, number: int, key: str = "") -> str:
-    return template.format(video_key=key, chunk_index=number // FILES_PER_CHUNK, file_index=number % FILES_PER_CHUNK)
-
-
-def _create(path: Path) -> pa.OSFile:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return pa.OSFile(str(path), "wb")
 
 
 def _tasks(episodes: Episodes) -> tuple[str, ...]:
@@ -175,44 +140,6 @@ def _tasks_of(episodes: Episodes, index: int) -> list[str]:
     return [tasks[int(number)] for number in np.unique(episodes.episode(index)[TASK_INDEX])]
 
 
-def _arrow_type(feature: Feature) -> pa.DataType:
-    if feature.is_image:
-        return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    kind = pa.string() if feature.is_string else pa.from_numpy_dtype(feature.numpy_dtype)
-    if feature.shape == (1,):
-        return kind
-    if len(feature.shape) == 1:
-        return pa.list_(kind, feature.shape[0])
-    for _ in feature.shape:
-        kind = pa.list_(kind)
-    return kind
-
-
-def _hub_feature(feature: Feature) -> dict[str, Any]:
-    """Return the description that the `datasets` package keeps in the table's metadata."""
-    if feature.is_image:
-        return {"_type": "Image"}
-    value = {"dtype": feature.dtype, "_type": "Value"}
-    if feature.shape == (1,):
-        return value
-    if len(feature.shape) == 1:
-        return {"feature": value, "length": feature.shape[0], "_type": "List"}
-    return {"shape": list(feature.shape), "dtype": feature.dtype, "_type": f"Array{len(feature.shape)}D"}
-
-
-def _arrow(column: np.ndarray, feature: Feature) -> pa.Array:
-    kind = _arrow_type(feature)
-    if feature.is_image:
-        data = pa.array([png.encode(picture) for picture in column], pa.binary())
-        return pa.StructArray.from_arrays([data, pa.nulls(len(column), pa.string())], fields=list(kind))
-    if feature.shape == (1,):
-        values = column[:, 0]
-        return pa.array(values.tolist() if feature.is_string else values, kind)
-    if len(feature.shape) == 1 and not feature.is_string:
-        return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), feature.shape[0])
-    return pa.array(column.tolist(), kind)
-
-
 def _write_videos(episodes: Episodes, key: str, root: Path, codec: str) -> dict[str, list[Any]]:
     """Write one feature's videos, several episodes to a file; return its columns of the table of episodes."""
     from dipole.data.formats import video
@@ -220,7 +147,7 @@ def _write_videos(episodes: Episodes, key: str, root: Path, codec: str) -> dict[
     names = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
     table: dict[str, list[Any]] = {f"videos/{key}/{name}": [] for name in names}
     for number, group in enumerate(_video_groups(episodes, key)):
-        path = root / _place(VIDEO_PATH, number, key)
+        path = root / place(VIDEO_PATH, number, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         first, last = int(episodes.starts[group[0]]), int(episodes.ends[group[-1]])
         video.write_frames(path, (episodes.columns[key][i] for i in range(first, last)), episodes.fps, codec)
@@ -267,10 +194,10 @@ def _write_meta(
 ) -> None:
     count = episodes.num_episodes
     table |= {"meta/episodes/chunk_index": [0] * count, "meta/episodes/file_index": [0] * count}
-    with _create(root / "meta/episodes/chunk-000/file-000.parquet") as sink:
+    with create(root / "meta/episodes/chunk-000/file-000.parquet") as sink:
         pq.write_table(pa.table(table), sink, compression="snappy")
     tasks = _tasks(episodes)
-    with _create(root / "meta/tasks.parquet") as sink:
+    with create(root / "meta/tasks.parquet") as sink:
         pq.write_table(_tasks_table(tasks), sink)
     _write_json(root / "meta/stats.json", _total_stats(episodes, features))
     video = [key for key, feature in features.items() if feature.dtype == "video"]

@@ -8,7 +8,9 @@ lies beside the file, states and actions are brought back to physical units. Nam
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -83,12 +85,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 name = item.filename.removesuffix(".npy")
                 with archive.open(item) as file:
                     arrays[name] = _read_array(file, item.file_size, f"{path}: '{name}'")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zlib.error) as error:
         raise DipoleError(f"{path} is not a whole numpy archive ({error}): copy or download it again") from None
     return arrays
 
 
-def _read_array(file: zipfile.ZipExtFile, size: int, what: str) -> np.ndarray:
+def _read_array(file: IO[bytes], size: int, what: str) -> np.ndarray:
     version = np.lib.format.read_magic(file)
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = header(file)
@@ -100,11 +102,11 @@ def _read_array(file: zipfile.ZipExtFile, size: int, what: str) -> np.ndarray:
     if count * dtype.itemsize > size:
         raise DipoleError(f"{what} announces {shape} {dtype}, more than the file holds: it is damaged")
     array = allocate((count,), dtype, what)
-    target = memoryview(array.view(np.uint8)).cast("B") if count else memoryview(b"")
-    done = 0
+    target, done = array.view(np.uint8), 0
     while done < len(target):
-        got = file.readinto(target[done : done + _READ_BYTES])
-        if not got:
+        piece = file.read(min(_READ_BYTES, len(target) - done))
+        if not piece:
             raise DipoleError(f"{what} is cut short: copy or download it again")
-        done += got
+        target[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+        done += len(piece)
     return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)

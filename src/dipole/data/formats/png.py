@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -60,14 +61,14 @@ class Decoder:
             DipoleError: The bytes are no picture, damaged, or of another size.
         """
         # A codec kept for the next picture would add this one to it: FFmpeg takes PNG packets as differences.
-        codec = self._av.CodecContext.create(self._codec_name(data), "r")
+        codec: Any = self._av.CodecContext.create(self._codec_name(data), "r")
         try:
             frames = codec.decode(self._av.Packet(data))
         except self._av.FFmpegError as error:
             raise DipoleError(f"a damaged picture ({error.strerror})") from None
         if len(frames) != 1:
             raise DipoleError("a damaged picture (it holds no frame)")
-        image = frames[0].to_ndarray(format=_FORMAT[self._shape[2]])
+        image: np.ndarray = frames[0].to_ndarray(format=_FORMAT[self._shape[2]])
         image = image.reshape(*image.shape[:2], -1)
         if image.shape != self._shape:
             raise DipoleError(f"a picture of shape {image.shape}, its feature says {self._shape}")

@@ -144,6 +144,10 @@ def test_every_storage_and_space_is_read_as_minari_reads_it(storage, jpeg, make)
     assert {key: episodes.features[key] for key in expected} == expected
     assert [e.get("seed") for e in extras.episodes] == [40, None, 42]
     assert extras.episodes[2]["options"] == {"start": 2, "nested": {"gain": 0.5}}
+    for number, buffer in enumerate(make_buffers()):  # the package itself cannot return these from tables
+        force = buffer.infos["deep"]["force"]
+        np.testing.assert_array_equal(episodes.episode(number)["info.deep.force"], force[:-1])
+        np.testing.assert_array_equal(extras.finals["info.deep.force"][number], force[-1])
     # The success after the last step belongs to the last step.
     assert episodes.columns["next.success"][:, 0].tolist() == (np.isin(np.arange(12), episodes.ends - 1)).tolist()
 

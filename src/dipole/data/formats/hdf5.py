@@ -22,6 +22,7 @@ _BUILT_IN_FILTERS = frozenset([1, 2, 3, 4, 5, 6, 32000])
 # Deflate shrinks at most about 1000-fold; recorded data shrinks far less. Small files get a flat allowance.
 MAX_RATIO = 200
 ALLOWANCE = 256 * 2**20
+_TEXT_ROWS = 64
 _ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, UnicodeError)
 
 
@@ -142,9 +143,14 @@ class Hdf5:
         """Return a vector of texts, `<U` [n]."""
         if not self.is_text(dataset) or len(dataset.shape) != 1:
             raise DipoleError(f"{self.path}: '{dataset.name}' is of type {dataset.dtype}: a list of texts was expected")
-        self._spend(dataset, self._size(dataset) * 16)
-        with self._reading(dataset.name):
-            values = [value.decode("utf-8") if isinstance(value, bytes) else value for value in dataset[()]]
+        self._spend(dataset, self._size(dataset) * dataset.dtype.itemsize)
+        values: list[str] = []
+        for start in range(0, dataset.shape[0], _TEXT_ROWS):
+            with self._reading(dataset.name):
+                rows = [value.decode("utf-8") for value in dataset[start : start + _TEXT_ROWS]]
+            # Texts are stored aside, and many rows may point to one long text.
+            self._spend(dataset, sum(map(len, rows)))
+            values += rows
         # <U arrays take as much per text as the longest one: a hostile one must not fill the memory.
         self._spend(dataset, 4 * len(values) * max(map(len, values), default=0))
         return np.array(values, dtype=np.str_)
@@ -164,6 +170,13 @@ class Hdf5:
                 self._spend(dataset, len(data))
             yield data
 
+    def check_size(self, dataset: Any) -> int:
+        """Return the bytes that an array announces, or raise if the file cannot hold them; nothing is read."""
+        announced = self._size(dataset) * int(dataset.dtype.itemsize)
+        if announced > self._left:
+            self._refuse_size(dataset)
+        return announced
+
     def _size(self, dataset: Any) -> int:
         if dataset.shape is None:
             raise DipoleError(f"{self.path}: '{dataset.name}' is empty")
@@ -172,10 +185,13 @@ class Hdf5:
     def _spend(self, dataset: Any, nbytes: int) -> None:
         self._left -= nbytes
         if self._left < 0:
-            raise DipoleError(
-                f"{self.path}: '{dataset.name}' announces {dataset.shape} {dataset.dtype}, more than a file of "
-                f"{self.path.stat().st_size} bytes can hold: it is damaged"
-            )
+            self._refuse_size(dataset)
+
+    def _refuse_size(self, dataset: Any) -> None:
+        raise DipoleError(
+            f"{self.path}: '{dataset.name}' announces {dataset.shape} {dataset.dtype}, more than a file of "
+            f"{self.path.stat().st_size} bytes can hold: it is damaged"
+        )
 
     def _text(self, value: str, where: str) -> None:
         try:

@@ -108,7 +108,8 @@ def sampler_map(
         )
         return end
 
-    return affine_map(run, shape, draws=len(levels) - 1)
+    draws = len(levels) - 1 if isinstance(kernel, Kernel) or getattr(kernel, "churn", 0) > 0 else 0
+    return affine_map(run, shape, draws)
 
 
 def propagate(

@@ -90,9 +90,10 @@ def _show(report: dict[str, Any], console: Console) -> None:
 
 
 def _feature_table(features: dict[str, dict[str, Any]]) -> Any:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("feature", "type", "shape", "min", "max", "mean", "std", title="features", title_justify="left")
+    name = Column("feature", no_wrap=True)
+    table = Table(name, "type", "shape", "min", "max", "mean", "std", title="features", title_justify="left")
     for key, row in features.items():
         shape = " x ".join(str(n) for n in row["shape"])
         cells = [_numbers(row.get(name)) for name in ("min", "max", "mean", "std")]
@@ -104,9 +105,9 @@ def _numbers(values: list[float] | None) -> str:
     """Return the values of a few dimensions, or the extremes of many."""
     if not values:
         return ""
-    if len(values) <= 3:
-        return " ".join(f"{value:.4g}" for value in values)
-    return f"{min(values):.4g} .. {max(values):.4g}"
+    if len(values) <= 2:
+        return " ".join(f"{value:.3g}" for value in values)
+    return f"{min(values):.3g}..{max(values):.3g}"
 
 
 def _action_table(histograms: list[dict[str, Any]]) -> Any:

@@ -90,30 +90,30 @@ def _show(report: dict[str, Any], console: Console) -> None:
 
 
 def _feature_table(features: dict[str, dict[str, Any]]) -> Any:
+    """Return the table of features: smallest and largest value, and standard deviations, over all dimensions."""
+    from rich import box
     from rich.table import Column, Table
 
-    name = Column("feature", no_wrap=True)
-    table = Table(name, "type", "shape", "min", "max", "mean", "std", title="features", title_justify="left")
+    columns = [Column(name, no_wrap=True) for name in ("feature", "type", "shape", "values", "std")]
+    table = Table(*columns, box=box.SIMPLE_HEAD)
     for key, row in features.items():
-        shape = " x ".join(str(n) for n in row["shape"])
-        cells = [_numbers(row.get(name)) for name in ("min", "max", "mean", "std")]
-        table.add_row(key, row["dtype"], shape, *cells)
+        shape = "x".join(str(n) for n in row["shape"])
+        table.add_row(key, row["dtype"], shape, _span(row, "min", "max"), _span(row, "std", "std"))
     return table
 
 
-def _numbers(values: list[float] | None) -> str:
-    """Return the values of a few dimensions, or the extremes of many."""
-    if not values:
+def _span(row: dict[str, Any], low: str, high: str) -> str:
+    if low not in row:
         return ""
-    if len(values) <= 2:
-        return " ".join(f"{value:.3g}" for value in values)
-    return f"{min(values):.3g}..{max(values):.3g}"
+    ends = [f"{min(row[low]):.3g}", f"{max(row[high]):.3g}"]
+    return " .. ".join(dict.fromkeys(ends))
 
 
 def _action_table(histograms: list[dict[str, Any]]) -> Any:
+    from rich import box
     from rich.table import Table
 
-    table = Table("action", "min", "histogram", "max", title="actions", title_justify="left")
+    table = Table("action", "min", "histogram", "max", box=box.SIMPLE_HEAD)
     for row in histograms[:_DIMENSIONS_SHOWN]:
         table.add_row(row["name"], f"{row['low']:.4g}", _bars(row["counts"]), f"{row['high']:.4g}")
     rest = len(histograms) - _DIMENSIONS_SHOWN

@@ -90,7 +90,6 @@ def make_standin(episodes: Episodes, seed: int = 0, **options) -> StandInPolicy:
     config = replace(StandInConfig(), **options)
     modes = {"observation.state": "min_max", "action": "min_max"}
     normalizer = Normalizer.fit(episodes.stats(), modes)
-    normalizer.to_state = normalizer.state  # FIXME-drop
     return StandInPolicy(config, normalizer)
 
 

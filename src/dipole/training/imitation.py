@@ -7,6 +7,7 @@ train(policy, episodes, TrainConfig(minutes=1), "runs/peg")
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def train(
     config: TrainConfig,
     out: str | Path,
     *,
+    command: Mapping[str, Any] | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: bool | None = None,
@@ -38,6 +40,7 @@ def train(
         episodes: Demonstrations.
         config: Settings.
         out: Folder of the run.
+        command: Kept in `train.json`.
         resume: Go on with that run.
         evaluate: Evaluation in an environment, called now and then.
         progress: Show a progress bar.
@@ -56,7 +59,8 @@ def train(
     )
     source, held_out = split_windows(windows, config.val_fraction, config.seed)
     data = fingerprint(episodes, [*keys, "action"])
-    return fit(policy, source, held_out, config, out, data=data, resume=resume, evaluate=evaluate, progress=progress)
+    options: dict[str, Any] = {"resume": resume, "evaluate": evaluate, "progress": progress}
+    return fit(policy, source, held_out, config, out, data=data, command=command, **options)
 
 
 def split_windows(windows: Windows, fraction: float, seed: int) -> tuple[Subset, Subset | None]:

@@ -55,6 +55,7 @@ def fit(
     out: str | Path,
     *,
     data: Mapping[str, Any] | None = None,
+    command: Mapping[str, Any] | None = None,
     resume: bool = False,
     evaluate: Evaluate | None = None,
     progress: bool | None = None,
@@ -69,6 +70,7 @@ def fit(
         config: Settings.
         out: Folder of the run: new or empty, or with `resume` the one to go on with.
         data: What tells the dataset from another, stored and compared on resumption.
+        command: Anything JSON-able to keep in `train.json`, such as the options of the command line.
         resume: Go on from the newest training state.
         evaluate: `evaluate(policy) -> figures`, called now and then with the EMA policy; `score` (larger is better)
             then chooses the best checkpoint.
@@ -88,7 +90,7 @@ def fit(
         check_trackers(config.track)
         shard(config.batch_size, accelerator.process_index, accelerator.num_processes)
         accelerator.wait_for_everyone()  # nobody writes before all have looked
-        described = describe(config, policy, data or {})
+        described = describe(config, policy, data or {}, command or {})
         state = None
         if resume:
             record, plan = read_record(out)

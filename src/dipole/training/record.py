@@ -29,14 +29,15 @@ def fingerprint(episodes: Episodes, keys: Iterable[str]) -> dict[str, Any]:
     return {"episodes": episodes.num_episodes, "frames": episodes.num_frames, "checksums": checksums}
 
 
-def describe(config: TrainConfig, policy: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything that must be the same when a run is resumed, and what may differ (`free`)."""
+def describe(config: TrainConfig, policy: Any, data: Mapping[str, Any], command: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that must be the same when a run is resumed, what may differ (`free`), and `command`."""
     values = to_dict(config)
     return {
         "train": {key: value for key, value in values.items() if key not in FREE},
         "policy": to_dict(policy.config),
         "data": to_dict(data),
         "free": {key: values[key] for key in FREE},
+        "command": dict(command),
     }
 
 

@@ -68,7 +68,8 @@ def _show(report: dict[str, Any], console: Console) -> None:
     lengths = report["lengths"]
     console.print(
         f"[bold]{escape(report['path'])}[/]: {report['num_episodes']} episodes, {report['num_frames']} frames, "
-        f"{report['fps']:g} fps, {report['seconds'] / 60:.1f} minutes"
+        f"{report['fps']:g} fps, {report['seconds'] / 60:.1f} minutes",
+        soft_wrap=True,
     )
     console.print(
         f"frames per episode: {lengths['min']} to {lengths['max']}, mean {lengths['mean']:.1f}, "
@@ -77,16 +78,16 @@ def _show(report: dict[str, Any], console: Console) -> None:
     if report["success"] is not None:
         console.print(f"successful episodes: {report['success']} of {report['num_episodes']}")
     for task, frames in report["tasks"].items():
-        console.print(f"task: {escape(task)} ({frames} frames)")
+        console.print(f"task: {escape(task)} ({frames} frames)", soft_wrap=True)
     console.print(_feature_table(report["features"]))
     if report["actions"]:
         console.print(_action_table(report["actions"]))
     if not report["findings"]:
         console.print("[green]no defects found[/]")
     for finding in report["findings"]:
-        console.print(f"[{_COLOURS[finding['level']]}]{finding['level']}[/]: {escape(finding['text'])}")
+        console.print(f"[{_COLOURS[finding['level']]}]{finding['level']}[/]: {escape(finding['text'])}", soft_wrap=True)
     for file in report.get("plots", []):
-        console.print(f"drawn: {escape(file)}")
+        console.print(f"drawn: {escape(file)}", soft_wrap=True)
 
 
 def _feature_table(features: dict[str, dict[str, Any]]) -> Any:
@@ -95,7 +96,7 @@ def _feature_table(features: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Column, Table
 
     columns = [Column(name, no_wrap=True) for name in ("feature", "type", "shape", "values", "std")]
-    table = Table(*columns, box=box.SIMPLE_HEAD)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for key, row in features.items():
         shape = "x".join(str(n) for n in row["shape"])
         table.add_row(key, row["dtype"], shape, _span(row, "min", "max"), _span(row, "std", "std"))
@@ -106,14 +107,14 @@ def _span(row: dict[str, Any], low: str, high: str) -> str:
     if low not in row:
         return ""
     ends = [f"{min(row[low]):.3g}", f"{max(row[high]):.3g}"]
-    return " .. ".join(dict.fromkeys(ends))
+    return "..".join(dict.fromkeys(ends))
 
 
 def _action_table(histograms: list[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table("action", "min", "histogram", "max", box=box.SIMPLE_HEAD)
+    table = Table("action", "min", "histogram", "max", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for row in histograms[:_DIMENSIONS_SHOWN]:
         table.add_row(row["name"], f"{row['low']:.4g}", _bars(row["counts"]), f"{row['high']:.4g}")
     rest = len(histograms) - _DIMENSIONS_SHOWN

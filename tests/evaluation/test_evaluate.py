@@ -111,7 +111,7 @@ def test_no_encoder_is_said_and_not_fatal(toys, tmp_path, monkeypatch):
     def missing(*args):
         raise MissingExtraError("imageio-ffmpeg", "report")
 
-    monkeypatch.setattr("dipole.evaluation.evaluate.write_mp4", missing)
+    monkeypatch.setitem(evaluate.__globals__, "write_mp4", missing)
     evaluation = assess(toys, videos=2, folder=tmp_path)
     assert evaluation.videos == ()
     assert "no videos: 'imageio-ffmpeg' is not installed" in evaluation.notes[0]

@@ -89,8 +89,8 @@ def test_the_page_says_everything(run):
     assert "success on 20 unseen episodes" in page.text
     for expected in (
         "wander to one", "dipole demo", "dipole report peg", "3 min 20 s", "20, seeds 100000 to 100019, kept",
-        "steps 1,000", "batch size 256", "time 8 min 20 s", "dpm<2>", evaluation.fingerprint, "held-out",
-        "after 30 steps, or at success", "t = 0.25", "milliseconds per chunk",
+        "updates 1,000", "batch size 256", "learning rate 0.001", "time 8 min 20 s", "dpm<2>",
+        evaluation.fingerprint, "held-out", "after 30 steps, or at success", "t = 0.25", "milliseconds per chunk",
     ):  # fmt: skip
         assert expected in page.text, expected
     assert "Not in this report" not in page.text
@@ -151,7 +151,6 @@ MISSING = {
     "metrics.jsonl": "the training log",
     "samplers.json": "--sweep",
     "chain.json": "a denoising chain",
-    "summary.json": "what was done",
     "train.json": "config.json is not there",
     "videos/episode_001.mp4": "episode_001.mp4 is not there",
 }
@@ -164,7 +163,7 @@ def test_a_missing_piece_is_said_and_not_fatal(run, name):
     assert MISSING[name] in said
 
 
-@pytest.mark.parametrize("name", [name for name in MISSING if name.endswith(".json")])
+@pytest.mark.parametrize("name", [*(name for name in MISSING if name.endswith(".json")), "summary.json"])
 @pytest.mark.parametrize("content", ["{", "[1]", '{"levels": [1, 0], "samples": [[]]}'])
 def test_a_damaged_piece_is_said_and_not_fatal(run, name, content):
     (run / name).write_text(content)

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from dipole.data import Feature
 from dipole.errors import DipoleError
 from dipole.evaluation.rollout import rollout
 
@@ -153,13 +156,25 @@ def test_a_policy_for_another_task_is_refused(toys):
         rollout(policy, toys.Env(2), SEEDS)
 
 
-def test_a_missing_observation_is_named(toys):
-    policy = toys.Policy()
-    policy.config = type("Config", (), {"observation": {"observation.image": None}})
-    with pytest.raises(
-        DipoleError, match="needs 'observation.image', but environment 'toy' gives only observation.state"
-    ):
-        rollout(policy, toys.Env(2), SEEDS)
+@pytest.mark.parametrize(
+    ("observation", "action_dim", "message"),
+    [
+        (
+            {"observation.image": (8, 8, 3)},
+            2,
+            "needs 'observation.image', but environment 'toy' gives only observation.state",
+        ),
+        ({"observation.state": (4,)}, 2, r"'observation.state' of shape \[3\], the policy was trained on \[4\]"),
+        ({"observation.state": (3,)}, 7, "actions of 7 components, environment 'toy' takes 2"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_told_so_before_anything_runs(toys, observation, action_dim, message):
+    policy, env = toys.Policy(), toys.Env(2)
+    features = {key: Feature("float32", shape) for key, shape in observation.items()}
+    policy.config, policy.action_dim = SimpleNamespace(observation=features), action_dim
+    with pytest.raises(DipoleError, match=message):
+        rollout(policy, env, SEEDS)
+    assert env.log == []
 
 
 def test_the_policy_is_put_back_in_training_mode(toys):

@@ -149,12 +149,11 @@ def _print_sweep(results: list[SamplerResult], path: Path) -> None:
 
     from dipole.evaluation.report import number, percent
 
-    table = Table("sampler", "steps", "nfe", "success, %", "interval", "score", "ms per chunk", "p95")
+    table = Table("sampler", "steps", "nfe", "success, %", "interval", "score", "ms", "p95")
     for row in results:
-        table.add_row(
-            row.sampler, str(row.num_steps), number(row.nfe), percent(row.success),
-            f"{percent(row.low)} to {percent(row.high)}", number(row.score),
-            number(row.latency_ms_p50), number(row.latency_ms_p95),
-        )  # fmt: skip
+        nfe = "–" if row.nfe is None else str(row.nfe)
+        interval = f"{percent(row.low)} to {percent(row.high)}"
+        measured = (number(row.score), number(row.latency_ms_p50), number(row.latency_ms_p95))
+        table.add_row(row.sampler, str(row.num_steps), nfe, percent(row.success), interval, *measured)
     Console().print(table)
     print(f"saved in {path}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -209,6 +210,7 @@ def _measure(
         "num_envs": env.num_envs,
         "wall_s": runs.wall_s,
         "env_steps_per_s": steps / runs.wall_s,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "latency": [],
     }
     first = env.reset([0], [seed])

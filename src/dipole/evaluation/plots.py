@@ -27,8 +27,9 @@ def _figure(name: str, width: float, height: float, columns: int = 1) -> Iterato
         from matplotlib.figure import Figure
     except ImportError:
         raise MissingExtraError("matplotlib", "report") from None
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": name, "font.family": [_FONT], "font.size": 9.5, "text.color": INK,
+        "text.parse_math": False,  # names may hold dollar signs
         "axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.linewidth": 0.8, "axes.spines.top": False,
         "axes.spines.right": False, "axes.axisbelow": True, "xtick.color": GRID, "ytick.color": GRID,
         "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED, "grid.color": GRID, "grid.linewidth": 0.6,
@@ -93,7 +94,8 @@ def _series(metrics: Sequence[dict[str, Any]], key: str) -> np.ndarray:
     """Return `[n, 2]`: step and value, where the value was logged and is finite."""
     rows = [(row["step"], row[key]) for row in metrics if isinstance(row.get(key), int | float)]
     points = np.array(rows, dtype=float).reshape(-1, 2)
-    return points[np.isfinite(points).all(1)]
+    finite: np.ndarray = points[np.isfinite(points).all(1)]
+    return finite
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -104,7 +106,8 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0], np.cumsum(values)])
     index = np.arange(len(values))
     reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    mean: np.ndarray = (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    return mean
 
 
 def latency_figure(rows: Sequence[dict[str, Any]], metric: Literal["success", "score"] = "success") -> str | None:

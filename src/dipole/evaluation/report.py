@@ -146,7 +146,10 @@ def _known(values: Any, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _training(train: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    facts = {**_known(train.get("plan"), ("steps", "precision")), **_known(train.get("train"), ("batch_size", "lr"))}
+    plan, settings = _known(train.get("plan"), ("steps", "precision")), _known(train.get("train"), ("batch_size", "lr"))
+    facts = {"updates" if key == "steps" else key: value for key, value in {**plan, **settings}.items()}
+    if "lr" in facts:
+        facts["learning rate"] = facts.pop("lr")
     timed = [row["seconds"] for row in metrics if isinstance(row.get("seconds"), int | float)]
     if timed:
         facts["time"] = duration(timed[-1])
@@ -157,7 +160,7 @@ def _texts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     def text(value: Any) -> str:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return str(value)
-        return f"{value:,}" if isinstance(value, int) else number(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
     return [(label.replace("_", " "), text(value)) for label, value in facts.items()]
 

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from dipole.errors import DipoleError
-from dipole.evaluation import chain as chains
-from dipole.evaluation import evaluate, sweep
+from dipole.evaluation.chain import FILE as CHAIN
+from dipole.evaluation.evaluate import FILE as EVALUATION
+from dipole.evaluation.evaluate import VIDEOS, Evaluation, load_evaluation
+from dipole.evaluation.sweep import FILE as SAMPLERS
+from dipole.evaluation.sweep import SamplerResult
 from dipole.evaluation.video import embed
 from dipole.serialization import from_dict, read_json
-from dipole.training.tracking import METRICS, read_metrics
 
 SUMMARY = "summary.json"
 MAX_VIDEOS = 9
@@ -84,7 +86,7 @@ class ReportData:
     summary: Summary
     train: dict[str, Any] | None
     metrics: list[dict[str, Any]]
-    evaluation: evaluate.Evaluation | None
+    evaluation: Evaluation | None
     samplers: list[dict[str, Any]]
     chain: dict[str, Any] | None
     videos: list[Video]
@@ -99,6 +101,8 @@ def read_report_data(run: Path) -> ReportData:
     """
     if not run.is_dir():
         raise DipoleError(f"{run}: no such folder: give the folder of a run")
+    from dipole.training.tracking import METRICS, read_metrics  # imports accelerate: slow, and needed only here
+
     missing: list[str] = []
 
     def attempt(name: str, read: Callable[[], Any], default: Any, hint: str) -> Any:
@@ -112,15 +116,13 @@ def read_report_data(run: Path) -> ReportData:
             missing.append(f"{name} could not be read ({error})")
             return default
 
-    evaluation = attempt(
-        evaluate.FILE, lambda: evaluate.load_evaluation(run / evaluate.FILE), None, "run  dipole eval RUN --env ENV"
-    )
+    evaluation = attempt(EVALUATION, lambda: load_evaluation(run / EVALUATION), None, "run  dipole eval RUN --env ENV")
     metrics = attempt(METRICS, lambda: read_metrics(run), [], "the training log")
-    samplers = attempt(sweep.FILE, lambda: _samplers(run), [], "run  dipole eval RUN --env ENV --sweep ddim:2 ddim:10")
-    chain = attempt(chains.FILE, lambda: _chain(run), None, "a denoising chain; dipole eval writes it")
-    summary = attempt(
-        SUMMARY, lambda: from_dict(Summary, _complete(read_json(run / SUMMARY))), Summary(), "what was done, in words"
-    )
+    samplers = attempt(SAMPLERS, lambda: _samplers(run), [], "run  dipole eval RUN --env ENV --sweep ddim:2 ddim:10")
+    chain = attempt(CHAIN, lambda: _chain(run), None, "a denoising chain; dipole eval writes it")
+    summary = Summary()
+    if (run / SUMMARY).exists():  # written by `dipole demo`; other runs are described by train.json
+        summary = attempt(SUMMARY, lambda: from_dict(Summary, _complete(read_json(run / SUMMARY))), summary, "")
     train_file = "train.json" if (run / "train.json").exists() else "config.json"
     train = attempt(train_file, lambda: dict(read_json(run / train_file)), None, "settings of the training")
     videos = _videos(run, evaluation, missing)
@@ -135,21 +137,21 @@ def _complete(values: Any) -> Any:
 
 
 def _samplers(run: Path) -> list[dict[str, Any]]:
-    rows = read_json(run / sweep.FILE)
-    return [vars(from_dict(sweep.SamplerResult, row, f"{sweep.FILE}[{k}]")) for k, row in enumerate(rows)]
+    rows = read_json(run / SAMPLERS)
+    return [vars(from_dict(SamplerResult, row, f"{SAMPLERS}[{k}]")) for k, row in enumerate(rows)]
 
 
 def _chain(run: Path) -> dict[str, Any]:
-    chain = read_json(run / chains.FILE)
+    chain = read_json(run / CHAIN)
     if len(chain["levels"]) != len(chain["samples"]) or not chain["samples"][0]:
         raise ValueError("levels and samples do not fit")
     return dict(chain)
 
 
-def _videos(run: Path, evaluation: evaluate.Evaluation | None, missing: list[str]) -> list[Video]:
+def _videos(run: Path, evaluation: Evaluation | None, missing: list[str]) -> list[Video]:
     known = {str(video["file"]): video for video in (evaluation.videos if evaluation else ())}
-    files = [run / name for name in known] or sorted((run / evaluate.VIDEOS).glob("*.mp4"))
-    grid = run / evaluate.VIDEOS / "grid.mp4"
+    files = [run / name for name in known] or sorted((run / VIDEOS).glob("*.mp4"))
+    grid = run / VIDEOS / "grid.mp4"
     if grid.exists() and len(known) > MAX_VIDEOS:
         files = [grid]
     videos = []
@@ -157,9 +159,9 @@ def _videos(run: Path, evaluation: evaluate.Evaluation | None, missing: list[str
         if not path.is_file():
             missing.append(f"{path.name} is not there: run  dipole eval RUN --env ENV --videos N")
         elif path.stat().st_size > MAX_VIDEO_BYTES:
-            missing.append(f"{path.name} is too large to embed: it is in {evaluate.VIDEOS}/")
+            missing.append(f"{path.name} is too large to embed: it is in {VIDEOS}/")
         else:
-            facts = known.get(f"{evaluate.VIDEOS}/{path.name}")
+            facts = known.get(f"{VIDEOS}/{path.name}")
             videos.append(Video(embed(path), _caption(path, facts), None if facts is None else bool(facts["success"])))
     if not files:
         missing.append("videos are not there: run  dipole eval RUN --env ENV --videos 4")

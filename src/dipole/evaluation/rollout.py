@@ -213,14 +213,28 @@ class _Runner:
 
 
 def observation_keys(policy: Policy, env: VectorEnv) -> list[str]:
-    """Return the features to hand to the policy: those it was configured with, else all of the environment's."""
-    config = getattr(policy, "config", None)
-    wanted = getattr(config, "observation", None) or env.spec.observation
-    for key in wanted:
-        if key not in env.spec.observation:
-            have = ", ".join(sorted(env.spec.observation))
-            raise DipoleError(f"the policy needs '{key}', but environment '{env.spec.name}' gives only {have}")
-    return [key for key in wanted if env.spec.observation[key].dtype != "string"]
+    """Return the features to hand to a policy: those it was configured with, else all of the environment's.
+
+    Raises:
+        DipoleError: The environment lacks one, or gives it in another shape, or takes other actions.
+    """
+    config, spec = getattr(policy, "config", None), env.spec
+    wanted = getattr(config, "observation", None) or spec.observation
+    for key, feature in wanted.items():
+        if key not in spec.observation:
+            have = ", ".join(sorted(spec.observation))
+            raise DipoleError(f"the policy needs '{key}', but environment '{spec.name}' gives only {have}")
+        if tuple(feature.shape) != tuple(spec.observation[key].shape):
+            given, seen = list(spec.observation[key].shape), list(feature.shape)
+            raise DipoleError(
+                f"environment '{spec.name}' gives '{key}' of shape {given}, the policy was trained on {seen}"
+            )
+    if policy.action_dim != spec.action.shape[0]:
+        raise DipoleError(
+            f"the policy gives actions of {policy.action_dim} components, environment '{spec.name}' takes "
+            f"{spec.action.shape[0]}: is the policy for another task?"
+        )
+    return [key for key in wanted if spec.observation[key].dtype != "string"]
 
 
 def _numeric(value: np.ndarray) -> np.ndarray:

@@ -159,7 +159,7 @@ def paired_difference(both: int, only_a: int, only_b: int, neither: int, confide
     wins_a, wins_b = both + only_a, both + only_b
     a, b = wilson(wins_a, episodes, confidence), wilson(wins_b, episodes, confidence)
     spread = math.sqrt(wins_a * (episodes - wins_a) * wins_b * (episodes - wins_b))
-    product = both * neither - only_a * only_b
+    product: float = both * neither - only_a * only_b
     if product > 0:
         product = max(product - episodes / 2, 0)
     phi = product / spread if spread else 0.0
@@ -176,7 +176,7 @@ def sign_flip(differences: np.ndarray, resamples: int = 9999, seed: int = 0) -> 
     All sign patterns are tried where there are at most `resamples` of them, else as many random ones.
     """
     differences = np.asarray(differences, dtype=np.float64)
-    observed = abs(differences.sum()) * (1 - 1e-12)  # rounding must not make an equal sum look smaller
+    observed = abs(float(differences.sum())) * (1 - 1e-12)  # rounding must not make an equal sum look smaller
     nonzero = differences[differences != 0]
     if 2 ** len(nonzero) <= resamples:
         patterns = np.arange(2 ** len(nonzero))[:, None] >> np.arange(len(nonzero)) & 1
@@ -201,11 +201,11 @@ def required_episodes(half_width: float, rate: float = 0.5, confidence: float = 
 
     while half(episodes) > half_width:
         episodes *= 2
-    low, high = episodes // 2, episodes
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if half(middle) > half_width else (low, middle)
-    return high
+    too_few, enough = episodes // 2, episodes
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (middle, enough) if half(middle) > half_width else (too_few, middle)
+    return enough
 
 
 def required_pairs(discordant: float, difference: float, confidence: float = 0.95, power: float = 0.8) -> int:

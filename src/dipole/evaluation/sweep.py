@@ -72,7 +72,8 @@ def parse_sampler(text: str, like: SamplerConfig) -> SamplerConfig:
     name, _, steps = text.partition(":")
     if steps and (not steps.isdigit() or int(steps) < 1):
         raise DipoleError(f"sampler '{text}': write it as name:steps, e.g. ddim:10")
-    config = replace(like, name=name or like.name, num_steps=int(steps) if steps else like.num_steps)
+    chosen: Any = name or like.name
+    config = replace(like, name=chosen, num_steps=int(steps) if steps else like.num_steps)
     config.build()  # an unknown name is reported here, before any episode
     return config
 

@@ -28,7 +28,8 @@ def shrink(frame: np.ndarray, max_side: int = MAX_SIDE) -> np.ndarray:
         return frame.copy()  # simulators reuse their buffer
     height, width = frame.shape[0] // factor, frame.shape[1] // factor
     pixels = frame[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-    return np.rint(pixels.mean(axis=(1, 3))).astype(np.uint8)
+    small: np.ndarray = np.rint(pixels.mean(axis=(1, 3))).astype(np.uint8)
+    return small
 
 
 def enlarge(frames: np.ndarray, min_side: int = 192) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dipole.envs.spec import EnvSpec, Observation, StepResult, check_rows, clip_actions
+from dipole.envs.spec import EnvSpec, Observation, StepResult, VectorEnv, check_rows, clip_actions
 from dipole.errors import DipoleError
 
 _CLOSE_SECONDS = 5.0  # a worker that has not left by then is killed
@@ -35,13 +35,10 @@ def _serve(pipe: Connection, name: str, num_rows: int, options: dict[str, Any]) 
     try:
         vector = make(name, num_rows, mode="sync", **options)
         pipe.send(("ok", vector.spec))
-        while True:
-            method, arguments = pipe.recv()
-            if method == "close":
-                break
-            pipe.send(("ok", getattr(vector, method)(*arguments)))
-    except EOFError:
-        pass
+        while (request := pipe.recv())[0] != "close":
+            pipe.send(_answer(vector, *request))
+    except (EOFError, ConnectionError):
+        pass  # the parent is gone
     except DipoleError as error:
         pipe.send(("user", str(error)))
     except Exception:
@@ -50,6 +47,14 @@ def _serve(pipe: Connection, name: str, num_rows: int, options: dict[str, Any]) 
         if vector is not None:
             vector.close()
         pipe.close()
+
+
+def _answer(vector: VectorEnv, method: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    try:
+        return "ok", getattr(vector, method)(*arguments)
+    except ValueError as error:
+        # A wrong call leaves the environments as they were: go on serving.
+        return "value", str(error)
 
 
 class AsyncVector:
@@ -100,14 +105,14 @@ class AsyncVector:
             ) from None
         if status == "user":
             raise DipoleError(value)
+        if status == "value":
+            raise ValueError(value)
         if status == "crash":
             raise RuntimeError(f"environment '{self._name}' failed in worker {worker}:\n{value}")
         return value
 
     def _ask(self, requests: dict[int, tuple[str, tuple[Any, ...]]]) -> list[Any]:
         """Send every request first, then wait for all the answers, so that the workers run at the same time."""
-        if not self._workers:
-            raise ValueError(f"environment '{self._name}' is closed")
         for worker, request in requests.items():
             # A broken pipe shows again, with its reason, when the answer is read.
             with contextlib.suppress(ConnectionError):
@@ -118,7 +123,7 @@ class AsyncVector:
         for worker in requests:
             try:
                 answers.append(self._receive(worker))
-            except (DipoleError, RuntimeError) as error:
+            except (DipoleError, RuntimeError, ValueError) as error:
                 failure = failure or error
         if failure is not None:
             raise failure
@@ -126,6 +131,8 @@ class AsyncVector:
 
     def _split(self, rows: list[int]) -> dict[int, list[int]]:
         """Return worker to the positions in `rows` that it owns."""
+        if not self._workers:
+            raise ValueError(f"environment '{self._name}' is closed")
         owners: dict[int, list[int]] = {}
         for position, row in enumerate(rows):
             owners.setdefault(row % len(self._workers), []).append(position)
@@ -158,8 +165,8 @@ class AsyncVector:
     def render(self, row: int) -> np.ndarray:
         """Return a picture of one row, uint8 `[H, W, 3]`."""
         check_rows([row], self.num_envs, 1, "row")
-        count = len(self._workers)
-        return self._ask({row % count: ("render", (row // count,))})[0]
+        owners = self._split([row])
+        return self._ask({worker: ("render", (row // len(self._workers),)) for worker in owners})[0]
 
     def close(self) -> None:
         """Stop the workers; those that do not leave by themselves are killed. May be called twice."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from dipole.envs.adapters.gymnasium_env import GymnasiumEnv, Traits, box_spec, goal_observation
+from dipole.envs.adapters.gymnasium_env import (
+    GymnasiumEnv,
+    Traits,
+    box_spec,
+    goal_observation,
+    import_gymnasium_robotics,
+)
 from dipole.envs.experts.expert import Expert
-from dipole.envs.rendering import import_mujoco
 from dipole.envs.spec import VectorEnv
-from dipole.errors import MissingExtraError
 
-EXTRA = "envs"
 TASKS = {
     "fetch/Reach": "Move the gripper to the goal.",
     "fetch/Push": "Push the block to the goal.",
@@ -38,14 +41,10 @@ def build(name: str, images: bool = False, terminate_on_success: bool = True) ->
         images: Add a picture.
         terminate_on_success: End the episode when the goal is reached.
     """
-    import_mujoco()
-    try:
-        import gymnasium_robotics
-    except ImportError:
-        raise MissingExtraError("gymnasium-robotics", EXTRA) from None
+    robotics = import_gymnasium_robotics()
     import gymnasium
 
-    gymnasium.register_envs(gymnasium_robotics)
+    gymnasium.register_envs(robotics)
     env = gymnasium.make(f"Fetch{name.split('/')[1]}-v4").unwrapped
     spaces = env.observation_space
     sizes = {"observation.state": spaces["observation"].shape[0], "observation.goal": 3}

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from dipole.data import Feature
-from dipole.envs.rendering import PICTURE, Camera, View
+from dipole.envs.rendering import PICTURE, Camera, View, import_mujoco
 from dipole.envs.spec import EnvSpec, Observation, Transition
+from dipole.errors import MissingExtraError
 
 SIDE = 96  # of an observed picture, in px
+
+
+def import_gymnasium_robotics() -> ModuleType:
+    """Import and return `gymnasium_robotics`, without the notice about hands that it prints.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    import_mujoco()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            import gymnasium_robotics
+    except ImportError:
+        raise MissingExtraError("gymnasium-robotics", "envs") from None
+    return gymnasium_robotics
 
 
 def _as_state(raw: np.ndarray) -> Observation:

@@ -11,13 +11,16 @@ import contextlib
 import os
 from typing import Any
 
-from dipole.envs.adapters.gymnasium_env import GymnasiumEnv, Traits, box_spec, goal_observation
+from dipole.envs.adapters.gymnasium_env import (
+    GymnasiumEnv,
+    Traits,
+    box_spec,
+    goal_observation,
+    import_gymnasium_robotics,
+)
 from dipole.envs.experts.expert import Expert
-from dipole.envs.rendering import import_mujoco
 from dipole.envs.spec import VectorEnv
-from dipole.errors import MissingExtraError
 
-EXTRA = "envs"
 # Name of the map in the package, and the time limits for ball and ant.
 MAPS = {
     "UMaze": ("U_MAZE", 300, 700),
@@ -35,11 +38,9 @@ EXPERTS = frozenset(name for name in TASKS if name.startswith("pointmaze/"))
 
 def maze_map(name: str) -> list[list[int]]:
     """Return the map of environment `name`: rows from above, 1 is a wall."""
-    import_mujoco()
-    try:
-        from gymnasium_robotics.envs.maze import maps
-    except ImportError:
-        raise MissingExtraError("gymnasium-robotics", EXTRA) from None
+    import_gymnasium_robotics()
+    from gymnasium_robotics.envs.maze import maps
+
     return getattr(maps, MAPS[name.split("/")[1]][0])
 
 

@@ -19,7 +19,6 @@ from dipole.envs.rendering import PICTURE, Camera, import_mujoco
 from dipole.envs.spec import EnvSpec, Observation, Transition, VectorEnv
 from dipole.errors import MissingExtraError
 
-EXTRA = "envs"
 MAX_STEPS = 500
 FPS = 80.0
 CAMERA = "corner2"
@@ -89,7 +88,7 @@ def _env_class(task: str) -> Any:
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
     except ImportError:
-        raise MissingExtraError("metaworld", EXTRA) from None
+        raise MissingExtraError("metaworld", "envs") from None
     return ALL_V3_ENVIRONMENTS[task]
 
 

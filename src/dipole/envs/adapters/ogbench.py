@@ -20,7 +20,6 @@ from dipole.envs.rendering import import_mujoco
 from dipole.envs.spec import Observation, VectorEnv
 from dipole.errors import DipoleError, MissingExtraError
 
-EXTRA = "envs"
 NUM_TASKS = 5
 _MAZES = ("medium", "large", "giant")
 # Sentence and the benchmark's time limit.
@@ -157,7 +156,7 @@ def build(
     try:
         import ogbench  # noqa: F401  (registers the environments)
     except ImportError:
-        raise MissingExtraError("ogbench", EXTRA) from None
+        raise MissingExtraError("ogbench", "envs") from None
     import gymnasium
 
     key = name.split("/")[1]

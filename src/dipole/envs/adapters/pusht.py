@@ -13,39 +13,24 @@ from typing import Any
 import numpy as np
 
 from dipole.data import Feature
+from dipole.data.pusht import FPS, TASK
 from dipole.envs.spec import EnvSpec, Observation, Transition
 from dipole.errors import MissingExtraError
 
-TASKS = {
-    "pusht": "Push the T-shaped block onto the T-shaped outline.",
-    "pusht-image": "Push the T-shaped block onto the T-shaped outline.",
-}
+TASKS = {"pusht": TASK, "pusht-image": TASK}
 EXPERTS: frozenset[str] = frozenset()
-EXTRA = "envs"
 MAX_STEPS = 300
-FPS = 10.0
 
 _IMAGE = Feature("image", (96, 96, 3), ("height", "width", "channel"))
 _AGENT = Feature("float32", (2,), ("agent_x", "agent_y"))
 _KEYPOINTS = Feature("float32", (16,), tuple(f"{axis}{k}" for k in range(8) for axis in "xy"))
-# Corners of the T's bar and stem in the block's own frame (scale 30), in the order in which gym-pusht reports them.
-_CORNERS = np.array([(-60, 0), (60, 0), (60, 30), (-60, 30), (-15, 30), (15, 30), (15, 120), (-15, 120)], dtype=float)
-
-
-def keypoints(block_pose: np.ndarray) -> np.ndarray:
-    """Return the T's corners, `observation.environment_state` `[..., 16]`, for block poses (x, y, angle) `[..., 3]`."""
-    x, y, angle = np.moveaxis(np.asarray(block_pose, dtype=np.float64)[..., None], -2, 0)
-    cos, sin = np.cos(angle), np.sin(angle)
-    px, py = _CORNERS.T
-    points = np.stack([x + cos * px - sin * py, y + sin * px + cos * py], axis=-1)
-    return points.reshape(*points.shape[:-2], 16)
 
 
 def _gym_pusht() -> Any:
     try:
         from gym_pusht.envs.pusht import PushTEnv
     except ImportError:
-        raise MissingExtraError("gym-pusht", EXTRA) from None
+        raise MissingExtraError("gym-pusht", "envs") from None
     return PushTEnv
 
 

@@ -24,6 +24,7 @@ STEPS = 32  # the crossing is in the last
 NOISE = 0.01
 HALF_WIDTH = 0.02
 ADVANCE = 1 / 32
+REACH = 0.1  # largest shift of a step
 
 
 def ceiling(chunk: int) -> float:
@@ -36,7 +37,7 @@ class SlotPeg:
 
     def __init__(self) -> None:
         observation = {"observation.state": ("x", "y"), "observation.environment_state": ("slot",)}
-        self.spec = micro_spec(NAME, observation, ("dx",), 0.1, STEPS, TASK)
+        self.spec = micro_spec(NAME, observation, ("dx",), REACH, STEPS, TASK)
 
     def begin(self, rng: np.random.Generator) -> State:
         """Draw start, slot and the noise of every step."""
@@ -93,4 +94,4 @@ class SlotPegExpert:
         """Return dx of the current plan."""
         gap = state["slot"] - state["x"]
         shift = np.where(state["clock"] % self.chunk == 0, gap / self.chunk, memory["shift"])
-        return shift[:, None], memory | {"shift": shift}
+        return np.clip(shift, -REACH, REACH)[:, None], memory | {"shift": shift}

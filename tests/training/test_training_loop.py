@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -144,28 +146,28 @@ def test_the_score_of_the_environment_chooses_the_best(tmp_path):
 # --- resumption
 
 
-def stop_at(step):
-    """Return an evaluation that presses Ctrl-C at a given update."""
+def stop_at(step, number):
+    """Return an evaluation that sends this process a signal at a given update."""
 
     def evaluate(policy):
         evaluate.calls += 1
         if evaluate.calls == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return {"score": 0.0}
 
     evaluate.calls = 0
     return evaluate
 
 
-@pytest.mark.parametrize("step", [1, 13, 40])
-def test_ctrl_c_saves_and_resumption_is_exact(tmp_path, step):
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGINT), (13, signal.SIGTERM), (40, signal.SIGINT)])
+def test_ctrl_c_saves_and_resumption_is_exact(tmp_path, step, number):
     # Dropout and clipping on: everything random or stateful takes part. Update 13 is within a log interval.
     options = {"policy_options": {"dropout": 0.3}, "eval_every": 1, "ema": "power"}
     run(tmp_path / "whole", evaluate=lambda policy: {"score": 0.0}, **options)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", evaluate=stop_at(step), **options)
-    assert signal.getsignal(signal.SIGINT) is handler
+        run(tmp_path / "cut", evaluate=stop_at(step, number), **options)
+    assert signal.getsignal(number) is handler
     assert load_state(tmp_path / "cut" / "training_state").step == step
     result = run(tmp_path / "cut", evaluate=lambda policy: {"score": 0.0}, resume=True, **options)
     assert result.resumed_from == step
@@ -199,15 +201,15 @@ def _wait_for(condition, process, seconds=120):
 def test_kill_9_at_a_random_moment_then_resume_is_exact(tmp_path):
     # Saving at every update makes it likely that the kill lands inside a save; saves change no weight.
     cut = tmp_path / "cut"
-    process = _launch(cut, steps=400, save_every=1, val_every=7)
+    process = _launch(cut, steps=200, save_every=1, val_every=7)
     _wait_for(lambda: (cut / "training_state" / "step-000000005").exists(), process)
     time.sleep(0.5 * random.Random(time.time_ns()).random())  # really at random: any moment must do
     process.kill()
     assert process.wait() == -signal.SIGKILL  # it had not finished
     process.stderr.close()
     killed_at = load_state(cut / "training_state").step
-    run(tmp_path / "whole", steps=400, val_every=7)
-    assert run(cut, resume=True, steps=400, val_every=7).resumed_from == killed_at >= 5
+    run(tmp_path / "whole", steps=200, val_every=7)
+    assert run(cut, resume=True, steps=200, val_every=7).resumed_from == killed_at >= 5
     assert_same_run(tmp_path / "whole", cut)
 
 
@@ -245,6 +247,23 @@ def test_disk_full_then_resume(tmp_path, monkeypatch):
     assert load_state(tmp_path / "cut" / "training_state").step == 10
     run(tmp_path / "cut", save_every=10, resume=True)
     run(tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_really_full_disk(tmp_path):
+    # The kernel refuses to let any file grow beyond 9000 bytes: more than each checkpoint file, less than the log.
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "cut"), "steps=60", "log_every=1", "save_every=10"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    # A line cut short is a full disk, a line refused the limit: the same to the user.
+    reason = "(No space left on device|File too large)"
+    message = rf"\S+metrics.jsonl: cannot be written \({reason}\): free some space and go on with --resume\n"
+    assert re.fullmatch(message, done.stderr)
+    assert run(tmp_path / "cut", resume=True, steps=60, log_every=1).resumed_from in (10, 20)
+    run(tmp_path / "whole", steps=60, log_every=1)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 

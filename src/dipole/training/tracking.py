@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -33,13 +34,15 @@ class JsonLines:
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        # Unbuffered: what could not be written must not be tried again when the file is closed.
+        self._file = self.path.open("ab", buffering=0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a line."""
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
         try:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-            self._file.flush()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise DipoleError(
                 f"{self.path}: cannot be written ({error.strerror}): free some space and go on with --resume"
@@ -47,10 +50,7 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file."""
-        try:
-            self._file.close()
-        except OSError:  # what could not be written was reported when it was logged
-            os.close(self._file.fileno())
+        self._file.close()
 
 
 class TensorBoard:

@@ -262,7 +262,7 @@ def test_a_really_full_disk(tmp_path):
     reason = "(No space left on device|File too large)"
     message = rf"\S+metrics.jsonl: cannot be written \({reason}\): free some space and go on with --resume\n"
     assert re.fullmatch(message, done.stderr)
-    assert run(tmp_path / "cut", resume=True, steps=60, log_every=1).resumed_from in (10, 20)
+    assert run(tmp_path / "cut", resume=True, steps=60, log_every=1).resumed_from in (20, 30, 40)
     run(tmp_path / "whole", steps=60, log_every=1)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 

@@ -20,6 +20,7 @@ from dipole.diffusion import DDIM, DDPM, VP, add_noise, sample, to_x0
 from dipole.diffusion.oracle import MixtureDenoiser
 from dipole.diffusion.tensors import Random
 from dipole.envs import collect
+from dipole.envs.seeds import COLLECT_SEED
 from dipole.evaluation.episode import Rollouts
 from dipole.networks import MLPConfig, UNet1DConfig, full_config
 from dipole.policies import DiffusionPolicy, SamplerConfig, make_config, make_policy
@@ -116,7 +117,7 @@ def side_share(rollouts: Rollouts) -> float:
 
 def train_and_play(method: str, seed: int, episodes: int = EPISODES, **training: Any) -> dict[str, float]:
     """Train one policy and return its success rate and side share (for diffusion also with DDIM in 16 steps)."""
-    demonstrations = collect(ENV, DEMONSTRATIONS, seed=1000 * seed)
+    demonstrations = collect(ENV, DEMONSTRATIONS, seed=COLLECT_SEED + 1000 * seed)
     policy: Any = build(demonstrations, seed)
     config = policy.config
     windows = Windows(
@@ -220,7 +221,8 @@ def _true_noise(process: VP) -> Claim:
         denoised = to_x0(noise, x, float(t), process, "epsilon")
         back = DDIM().step(x, denoised, float(t), process.clean, process).mean
         worst = max(worst, float((back - x0).abs().max()))
-    return Claim("one DDIM step with the true noise gives x0", "0", Measure(worst), None, Margin(high=1e-12), "")
+    # float64's 1e-16 divided by alpha, which is 5e-4 at the noisiest level
+    return Claim("one DDIM step with the true noise gives x0", "0", Measure(worst), None, Margin(high=1e-11))
 
 
 def _mixture(process: VP) -> list[Claim]:

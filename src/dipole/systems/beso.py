@@ -22,6 +22,7 @@ from dipole.diffusion import DDIM, DDPM, EDM, VP, Heun, Kernel, LogLogistic, Pro
 from dipole.diffusion.oracle import MixtureDenoiser
 from dipole.diffusion.prediction import conversion
 from dipole.envs import collect
+from dipole.envs.seeds import COLLECT_SEED
 from dipole.evaluation.episode import Rollouts
 from dipole.networks.gpt import GPTConfig
 from dipole.policies import SamplerConfig
@@ -58,7 +59,7 @@ NFES = (1, 2, 3, 5, 30)
 
 def demonstrations(seed: int) -> Episodes:
     """Return play: all four pads in random order."""
-    return collect(ENV, DEMONSTRATIONS, seed=1000 * seed, play=True, steps_after_success=1000)
+    return collect(ENV, DEMONSTRATIONS, seed=COLLECT_SEED + 1000 * seed)
 
 
 def build(episodes: Episodes, seed: int, objective: str) -> BesoPolicy:

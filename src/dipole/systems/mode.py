@@ -1,0 +1,352 @@
+"""MoDE: experts chosen by noise level, fused before sampling, so that a larger network costs what a small one does.
+
+Source: Reuss et al., "Efficient Diffusion Transformer Policies with Mixture of Expert Denoisers for Multitask Learning"
+(2024). Tier `ci` checks that fusing is exact and counts multiplications. Tier `small` learns the eight tasks of
+`micro/multi8` with a mixture of four experts of which two are used, and with dense networks of the same active and of
+the same total size. With two of four experts the feed-forward layers can save a factor of two, not more.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dipole.data import Episodes, Normalizer, Windows
+from dipole.diffusion import EDM
+from dipole.envs import collect
+from dipole.envs.seeds import COLLECT_SEED
+from dipole.networks.moe import MoDE, MoDEConfig, Routing, load_balance
+from dipole.policies.mode import ModeConfig, ModePolicy
+from dipole.serialization import to_dict
+from dipole.systems.card import Card, Claim, Margin, Measure, Source
+from dipole.systems.experiment import listed, number_of_parameters, over_seeds, play, rate, train
+from dipole.systems.run import Run
+from dipole.training.config import TrainConfig
+
+CARD = Card(
+    name="mode",
+    title="MoDE: a mixture of denoising experts with an exact expert cache",
+    source=Source(
+        "Efficient Diffusion Transformer Policies with Mixture of Expert Denoisers for Multitask Learning",
+        2024,
+        "2412.12953",
+    ),
+    axis="network",
+    summary=(
+        "A causal transformer whose feed-forward experts are chosen by the noise level alone. As levels are known "
+        "before sampling, the chosen experts are fused once per level and the routers are not run."
+    ),
+    claim="Better multitask results with fewer active parameters; cheap inference through expert caching.",
+    spec_section="a3",
+)
+
+ENV = "micro/multi8"
+FEATURES = ("observation.language", "observation.static", "observation.wrist")
+SEEDS = (0, 1, 2)
+DEMONSTRATIONS, HELD_OUT, EPISODES = 600, 60, 200
+SIZE: dict[str, Any] = {"embed_dim": 64, "num_layers": 4, "num_heads": 4}
+QUIET: dict[str, float] = {"attention_dropout": 0.0, "residual_dropout": 0.0, "expert_dropout": 0.0}
+NETWORKS = {
+    "mixture": MoDEConfig(**SIZE, **QUIET, num_experts=4, top_k=2),
+    "dense, same active": MoDEConfig(**SIZE, **QUIET, num_experts=1, top_k=1, expert_ratio=8),
+    "dense, same total": MoDEConfig(**SIZE, **QUIET, num_experts=1, top_k=1, expert_ratio=16),
+}
+TRAINING: dict[str, Any] = {"steps": 1500, "batch_size": 64, "lr": 2e-3, "ema_decay": 0.99, "precision": "fp32"}
+DECILES = 10
+CALLS = 60
+
+
+def demonstrations(seed: int) -> tuple[Episodes, Episodes]:
+    """Return demonstrations for training and held-out ones."""
+    episodes = collect(ENV, DEMONSTRATIONS + HELD_OUT, seed=COLLECT_SEED + 10_000 * seed)
+    return episodes.select(np.arange(DEMONSTRATIONS)), episodes.select(DEMONSTRATIONS + np.arange(HELD_OUT))
+
+
+def build(episodes: Episodes, seed: int, network: MoDEConfig) -> ModePolicy:
+    """Return an untrained policy: chunks of ten actions, executed as a whole, as in the paper."""
+    torch.manual_seed(seed)
+    config = ModeConfig(
+        observation={key: episodes.features[key] for key in FEATURES},
+        action=episodes.features["action"],
+        goal="observation.language",
+        network=network,
+    )
+    modes = {key: config.normalization_mode(key) for key in (*FEATURES, "action")}
+    return ModePolicy(config, Normalizer.fit(episodes.stats(), modes))
+
+
+@torch.no_grad()
+def held_out_losses(policy: ModePolicy, windows: Windows, seed: int) -> list[float]:
+    """Return the denoising loss in the middle of each decile of the training levels."""
+    batch = {key: torch.from_numpy(value) for key, value in windows.batch(np.arange(len(windows))).items()}
+    x0, cond = policy.normalizer.normalize("action", batch["action"]), policy.encode(batch)
+    process, generator = policy.config.process, torch.Generator().manual_seed(seed)
+    levels = policy.objective.time.sample((100_000,), process, generator).quantile(
+        torch.linspace(0.05, 0.95, DECILES, dtype=torch.float64)
+    )
+    return [
+        float(policy.objective(policy.network, x0, cond, generator=generator, t=level.expand(len(x0))))
+        for level in levels
+    ]
+
+
+def train_and_play(name: str, seed: int) -> dict[str, Any]:
+    """Train one network; return its success, held-out losses and use of experts by level."""
+    episodes, held_out = demonstrations(seed)
+    policy = build(episodes, seed, NETWORKS[name])
+    horizons = (policy.obs_horizon, policy.pred_horizon, policy.action_horizon)
+    trained = train(policy, Windows(episodes, FEATURES, "action", *horizons), TrainConfig(seed=seed, **TRAINING))
+    levels = trained.config.process.levels(DECILES, "exponential")[:-1]
+    noise = trained.network.noise_embedding(EDM().network_time(levels).float())
+    return {
+        "success": float(play(trained, ENV, EPISODES).column("success").mean()),
+        "losses": held_out_losses(trained, Windows(held_out, FEATURES, "action", *horizons), seed),
+        "parameters": number_of_parameters(trained),
+        "use": [block.router(noise).probabilities.tolist() for block in trained.network.blocks],
+    }
+
+
+def latency(network: str) -> dict[str, float]:
+    """Return median milliseconds per chunk at batch 1, one thread, cached and routed in turn; weights do not matter."""
+    episodes, _ = demonstrations(0)
+    cached = build(episodes, 0, NETWORKS[network]).eval()
+    routed = cached.with_sampler(cached.sampler, expert_cache=False)
+    obs = {key: torch.zeros(1, 1, 16) for key in FEATURES}
+    times: dict[str, list[float]] = {"cached": [], "routed": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for call in range(-5, CALLS):
+            for name, policy in (("cached", cached), ("routed", routed)):
+                began = time.perf_counter()
+                policy.act(obs, {})
+                if call >= 0:
+                    times[name].append(1e3 * (time.perf_counter() - began))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def small(run: Run) -> list[Claim]:
+    """Train the mixture and two dense networks on the same demonstrations, time them, let them act."""
+    settings = {"training": TRAINING, "data": [DEMONSTRATIONS, HELD_OUT, EPISODES]}
+    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in NETWORKS}
+    for seed in SEEDS:
+        for name, results in parts.items():
+            config = {"network": to_dict(NETWORKS[name]), "seed": seed, **settings}
+            file = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            results.append(run.part(file, config, partial(train_and_play, name, seed)))
+    times = {
+        name: run.part(f"latency-{i}", {"network": name}, partial(latency, name)) for i, name in enumerate(NETWORKS)
+    }
+    _plots(run, parts)
+    return [*_speed(times), *_quality(parts)]
+
+
+def _speed(times: dict[str, dict[str, float]]) -> list[Claim]:
+    mixture, active, total = times.values()
+    conditions = "median per chunk of DDIM-10, batch 1, one CPU thread, in turn"
+    cached = Claim(
+        "the expert cache saves time",
+        "12 ms against 15 ms",
+        Measure(mixture["cached"], unit="ms"),
+        Measure(mixture["routed"], unit="ms"),
+        Margin("ratio", high=0.7),
+        f"baseline: the same network, routed at every call; {conditions}",
+    )
+    against = [
+        Claim(
+            f"time against the {name} network",
+            "",
+            Measure(mixture["cached"], unit="ms"),
+            Measure(dense["cached"], unit="ms"),
+            None,
+            conditions + "; the dense network goes through the same fused path",
+        )
+        for name, dense in (("small dense", active), ("large dense", total))
+    ]
+    return [cached, multiplications(NETWORKS["mixture"], NETWORKS["dense, same total"]), *against]
+
+
+def _quality(parts: dict[str, list[dict[str, Any]]]) -> list[Claim]:
+    success = {name: [part["success"] for part in results] for name, results in parts.items()}
+    losses = {name: [float(np.mean(part["losses"])) for part in results] for name, results in parts.items()}
+    mixture, active, total = success
+    sizes = ", ".join(f"{name}: {results[0]['parameters'] / 1e6:.2f} M" for name, results in parts.items())
+    return [
+        Claim(
+            "as good as a dense network of the same total size",
+            "better (.92 against .69 with DP-T)",
+            rate(success[mixture]),
+            rate(success[total]),
+            Margin("difference", low=-0.05),
+            f"success; {listed(success[mixture])}; dense {listed(success[total])}; parameters {sizes}",
+        ),
+        Claim(
+            "against a dense network of the same active size",
+            "+0 to 0.05 (estimate)",
+            rate(success[mixture]),
+            rate(success[active]),
+            None,
+            f"success; dense {listed(success[active])}",
+        ),
+        *(
+            Claim(
+                f"held-out denoising loss against {name}",
+                "",
+                over_seeds(losses[mixture], 0.0),
+                over_seeds(losses[name], 0.0),
+                None,
+                "mean over deciles of the training levels",
+            )
+            for name in (active, total)
+        ),
+    ]
+
+
+def _plots(run: Run, parts: dict[str, list[dict[str, Any]]]) -> None:
+    with run.plot("held-out-loss") as axes:
+        for name, results in parts.items():
+            axes.plot(range(1, DECILES + 1), np.mean([part["losses"] for part in results], axis=0), "o-", label=name)
+        axes.set_xlabel("decile of the training noise, cleanest first")
+        axes.set_ylabel("held-out denoising loss")
+        axes.legend()
+    with run.plot("experts", 8, 3) as axes:
+        use = np.array(parts["mixture"][0]["use"])
+        axes.imshow(use.transpose(0, 2, 1).reshape(-1, DECILES), aspect="auto", cmap="viridis")
+        axes.set_xlabel("level, noisiest first")
+        axes.set_ylabel("expert, block by block")
+
+
+def multiplications(mixture: MoDEConfig, dense: MoDEConfig) -> Claim:
+    """Count the multiplications of one feed-forward layer, fused, against a dense one of all experts' size."""
+    counts = []
+    for config in (mixture, dense):
+        network = MoDE(config, 2, 10, {"goal": (1, 16)}).requires_grad_(False).eval()
+        block, noise = network.blocks[0], torch.zeros(1, config.embed_dim)
+        routing = block.router(noise)
+        fused = block.experts.fuse(routing.selected[0], routing.weights[0])
+        with FlopCounterMode(display=False) as counter:
+            block._feed(torch.zeros(1, 12, config.embed_dim), fused)
+        counts.append(counter.get_total_flops() / 2e6)
+    return Claim(
+        "multiplications of a feed-forward layer",
+        "a sixteenth quoted; half possible",
+        Measure(counts[0], unit="M"),
+        Measure(counts[1], unit="M"),
+        Margin("ratio", low=0.5, high=0.5),
+        "counted by torch; baseline: dense, as large as all experts together",
+    )
+
+
+def ci(run: Run) -> list[Claim]:
+    """Check the exact properties of spec a 3e."""
+    exact = Margin(high=1e-12)
+    return [
+        Claim(
+            "fused experts equal routed ones",
+            "5.7e-14",
+            Measure(_fused_error()),
+            None,
+            exact,
+            "relative, float64",
+        ),
+        Claim("one expert is a dense layer", "0", Measure(_dense_error()), None, exact),
+        Claim("all experts, zero router: their mean", "0", Measure(_mean_error()), None, exact),
+        Claim("tokens do not change the routing", "0", Measure(_token_error()), None, Margin(high=0.0)),
+        Claim("load balance is k when uniform", "2", Measure(_uniform_balance()), None, Margin(low=2.0, high=2.0)),
+        Claim("changed weights empty the cache", "0", Measure(_stale_error()), None, exact),
+        Claim("a level not in the cache warns", "1", Measure(_warnings()), None, Margin(low=1.0)),
+        multiplications(NETWORKS["mixture"], NETWORKS["dense, same total"]),
+    ]
+
+
+def _network(seed: int = 0, **options: Any) -> tuple[MoDE, Tensor, dict[str, Tensor]]:
+    """Return a float64 network with sharp routers, and inputs for it."""
+    torch.manual_seed(seed)
+    network = MoDE(MoDEConfig(**{**SIZE, **QUIET, **options}), 3, 5, {"goal": (1, 4)}).double().eval()
+    with torch.no_grad():
+        for block in network.blocks:
+            block.experts.b1.normal_(std=0.1)
+            for parameter in block.router.parameters():
+                parameter.mul_(40)
+    return network, torch.randn(3, 5, 3).double(), {"goal": torch.randn(3, 1, 4).double()}
+
+
+def _times(*sigmas: float) -> Tensor:
+    return EDM().network_time(torch.tensor(sigmas, dtype=torch.float64))
+
+
+@torch.no_grad()
+def _fused_error() -> float:
+    worst = 0.0
+    for seed in range(8):
+        network, x, cond = _network(seed, residual="code" if seed % 2 else "prenorm")
+        prepared = network.prepare(_times(80.0, 1.0, 0.01), cond)
+        for sigma in (80.0, 1.0, 0.01):
+            time = _times(sigma).expand(3)
+            routed = network(x, time, cond)
+            worst = max(worst, float((prepared(x, time, cond) - routed).abs().max() / routed.abs().max()))
+    return worst
+
+
+@torch.no_grad()
+def _dense_error() -> float:
+    network, _, _ = _network(num_experts=1, top_k=1)
+    block, x, noise = network.blocks[0], torch.randn(3, 5, 64).double(), torch.randn(3, 64).double()
+    u, g = F.linear(x, block.experts.w1[0], block.experts.b1[0]).chunk(2, -1)
+    dense = F.linear(u * F.silu(g), block.experts.w2[0])
+    return float((block.experts(x, block.router(noise)) - dense).abs().max())
+
+
+@torch.no_grad()
+def _mean_error() -> float:
+    network, _, _ = _network(num_experts=4, top_k=4)
+    block, x = network.blocks[0], torch.randn(3, 5, 64).double()
+    for parameter in block.router.parameters():
+        nn.init.zeros_(parameter)
+    mean = torch.stack([block.experts.one(expert, x) for expert in range(4)]).mean(0)
+    return float((block.experts(x, block.router(torch.randn(3, 64).double())) - mean).abs().max())
+
+
+@torch.no_grad()
+def _token_error() -> float:
+    network, x, cond = _network()
+    time = _times(80.0, 1.0, 0.01)
+    first, second = (network.route(scale * x, time, {"goal": scale * cond["goal"]})[1] for scale in (1.0, -3.0))
+    return max(float((a.weights - b.weights).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+def _uniform_balance() -> float:
+    selected = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])
+    routing = Routing(torch.full((4, 4), 0.25), selected, torch.full((4, 2), 0.5))
+    return float(load_balance([routing]))
+
+
+@torch.no_grad()
+def _stale_error() -> float:
+    network, x, cond = _network()
+    time = _times(1.0).expand(3)
+    network.prepare(time[:1])(x, time, cond)
+    network.blocks[0].experts.w2[:, 0, 0] += 1.0
+    return float((network.prepare(time[:1])(x, time, cond) - network(x, time, cond)).abs().max())
+
+
+@torch.no_grad()
+def _warnings() -> float:
+    network, x, cond = _network()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network.prepare(_times(1.0))(x, _times(0.3).expand(3), cond)
+    return float(len(caught))
+
+
+TIERS = {"ci": ci, "small": small}

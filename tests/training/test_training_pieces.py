@@ -19,9 +19,10 @@ from dipole.training.draws import ShardedDraws
 from dipole.training.ema import EMA, decay_at
 from dipole.training.imitation import split_windows
 from dipole.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
+from dipole.training.plan import _updates_that_fit
 from dipole.training.precision import autocast, candidates, faster, time_updates
 from dipole.training.seeding import derive, generator, seed_global
-from dipole.training.validation import HeldOutLoss
+from dipole.training.validation import HeldOutLoss, is_due, validation_interval
 
 CPU = torch.device("cpu")
 
@@ -386,3 +387,32 @@ def test_held_out_loss_is_the_same_every_time_and_changes_nothing():
         count += len(indices)
     assert first == expected / count
     assert HeldOutLoss(windows, 10**6, 64, 0, CPU, "fp32").batches[-1][-1] == len(windows) - 1
+
+
+def test_measuring_takes_a_twentieth_of_the_time_at_most():
+    config = TrainConfig(batch_size=512)
+    assert validation_interval(config, 10_000, 8) == 500
+    assert validation_interval(TrainConfig(val_every=3), 10_000, 8) == 3
+    for steps in (100, 1000, 10_000):
+        for batches in (1, 8, 40):
+            every = validation_interval(config, steps, batches)
+            measured = [step for step in range(1, steps + 1) if is_due(step, steps, every)]
+            assert measured[-1] == steps
+            assert len(measured) <= 21
+            # all but the final one, which is always wanted
+            assert (len(measured) - 1) * batches / 3 <= steps / 20
+
+
+def test_no_measurement_just_before_the_last():
+    assert [step for step in range(1, 94) if is_due(step, 93, 20)] == [20, 40, 60, 80, 93]
+    assert [step for step in range(1, 88) if is_due(step, 87, 20)] == [20, 40, 60, 87]
+    assert [step for step in range(1, 41) if is_due(step, 40, 10)] == [10, 20, 30, 40]
+    assert is_due(1, 1, 500)
+
+
+def test_time_for_the_held_out_loss_is_set_aside():
+    config = TrainConfig(batch_size=512)
+    assert _updates_that_fit(1000.9, config, 0) == 1000
+    # every 56th update: 17 + 1 measurements of 8 batches, each a third of an update
+    assert _updates_that_fit(1000.0, config, 4096) == 1000 - 48
+    assert _updates_that_fit(0.2, config, 4096) == 1

@@ -198,11 +198,12 @@ def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tens
 def restore_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` returned."""
     parameters = dict(module.named_parameters())
+    fused = bool(optimizer.defaults.get("fused"))
     optimizer.state.clear()
     for name, value in tensors.items():
         owner, _, key = name.rpartition("/")
         if owner not in parameters:
             raise DipoleError(f"training state: the optimizer has '{owner}', the policy has not")
-        # Adam's counters live on the CPU unless the fused kernel runs elsewhere.
-        device = parameters[owner].device
+        # Adam's counters stay on the CPU unless its kernel is fused.
+        device = torch.device("cpu") if key == "step" and not fused else parameters[owner].device
         optimizer.state[parameters[owner]][key] = value.to(device)

@@ -32,7 +32,8 @@ class TrainConfig:
         ema_decay: Decay of `constant`, upper bound of `power`.
         precision: `auto` measures fp32 against bf16 autocast at the start and takes the faster.
         val_fraction: Share of the episodes held out; 0 for none.
-        val_every: Updates between two measurements of the held-out loss; None for 20 in all.
+        val_every: Updates between two measurements of the held-out loss; None for 20 in all, fewer where that would
+            take more than a twentieth of the time.
         val_windows: At most so many held-out windows are measured, spread evenly.
         eval_every: Updates between two evaluations in an environment (if one is given); None for 4 in all.
         save_every: Updates between two saves of the training state; None for about one a minute.

@@ -32,14 +32,14 @@ from dipole.training.checkpoint import (
 )
 from dipole.training.config import TrainConfig
 from dipole.training.optim import learning_rate
-from dipole.training.plan import VALIDATIONS, Plan, make_plan
+from dipole.training.plan import Plan, make_plan
 from dipole.training.progress import ProgressBar
 from dipole.training.record import check_out, check_same, describe, read_record, write_record
 from dipole.training.result import Best, Evaluate, TrainResult
 from dipole.training.stopping import StopRequest
 from dipole.training.tracking import Trackers, check_trackers, open_trackers
 from dipole.training.update import Updater, make_accelerator
-from dipole.training.validation import HeldOutLoss
+from dipole.training.validation import HeldOutLoss, is_due, validation_interval
 
 EVALUATIONS = 4
 SAVE_SECONDS = 60.0
@@ -148,9 +148,12 @@ class Trainer:
         self.updater = Updater(self.accelerator, self.policy, config, self.plan.precision)
         self.order = EpochOrder(len(self.source), config.batch_size, config.seed)
         self.measure: HeldOutLoss | None = None
+        self._val_every = self.plan.steps
+        self._eval_every = config.eval_every or max(1, self.plan.steps // EVALUATIONS)
         if self.held_out is not None:
             most, size = config.val_windows, config.batch_size
             self.measure = HeldOutLoss(self.held_out, most, size, config.seed, device, self.plan.precision)
+            self._val_every = validation_interval(config, self.plan.steps, len(self.measure.batches))
         # Sums since the last line of the log: loss, gradient norm, updates. On the device: no waiting for a GPU.
         self.meter = torch.zeros(3, dtype=torch.float64, device=device)
         self.trackers = Trackers([])
@@ -200,20 +203,17 @@ class Trainer:
         bar.update(self.step)
         if not self.accelerator.is_main_process:
             return
-        if self.measure is not None and (last or self._due(self.config.val_every, VALIDATIONS)):
+        if self.measure is not None and is_due(self.step, self.plan.steps, self._val_every):
             val_loss = self.val_loss = self.measure(self.updater.ema.module)
             self.trackers.log(self.step, {"val_loss": val_loss})
             if self.evaluate is None:
                 self._consider(Best("val_loss", val_loss, self.step))
-        if self.evaluate is not None and (last or self._due(self.config.eval_every, EVALUATIONS)):
+        if self.evaluate is not None and is_due(self.step, self.plan.steps, self._eval_every):
             figures = self.evaluate(self.updater.ema.module)
             self.trackers.log(self.step, {f"eval/{name}": value for name, value in figures.items()})
             self._consider(Best("score", figures["score"], self.step))
         if last or self._save_due():
             self._save()
-
-    def _due(self, every: int | None, times: int) -> bool:
-        return self.step % (every or max(1, self.plan.steps // times)) == 0
 
     def _save_due(self) -> bool:
         if self.config.save_every is not None:

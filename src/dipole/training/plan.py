@@ -6,6 +6,7 @@ The decision is stored in the run, so that a resumed run has the same learning r
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,7 @@ from dipole.training.batches import Loader, Source
 from dipole.training.config import TrainConfig
 from dipole.training.precision import PrecisionName, candidates, faster, time_updates
 from dipole.training.update import Updater
-
-VALIDATIONS = 20  # measurements of the held-out loss in a run, unless told otherwise
+from dipole.training.validation import FORWARD_SHARE, validation_interval
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,18 @@ def make_plan(
     steps = config.steps
     if steps is None:
         left = 60 * (config.minutes or 0) - (time.perf_counter() - began)
-        # A held-out window costs about a third of a trained one: it has no backward pass.
-        validation = VALIDATIONS * seconds[precision] / 3 * held_out_windows / config.batch_size
-        steps = max(1, int(max(left - validation, left / 2) / seconds[precision]))
+        steps = _updates_that_fit(left / seconds[precision], config, held_out_windows)
     plan: Plan = agreed(Plan(steps, precision, {name: round(value, 6) for name, value in seconds.items()}))
     return plan
+
+
+def _updates_that_fit(updates: float, config: TrainConfig, held_out_windows: int) -> int:
+    """Return how many of `updates` remain when the held-out loss is measured as well."""
+    if held_out_windows:
+        batches = math.ceil(held_out_windows / config.batch_size)
+        times = 1 + int(updates) // validation_interval(config, max(1, int(updates)), batches)
+        updates = max(updates / 2, updates - times * FORWARD_SHARE * held_out_windows / config.batch_size)
+    return max(1, int(updates))
 
 
 def _time(

@@ -87,7 +87,7 @@ def _settings(args: Args) -> dict[str, Any]:
 
 def _prepare(args: Args) -> None:
     """Check the settings against those of an earlier demo in the same folder."""
-    from dipole.envs import has_expert
+    from dipole.envs.registry import has_expert
     from dipole.serialization import read_json, write_json
 
     if not has_expert(args.env):
@@ -152,7 +152,8 @@ def _policy(args: Args) -> DiffusionPolicy:
 
 @contextmanager
 def _environment(args: Args) -> Iterator[VectorEnv]:
-    from dipole.envs import is_native, make
+    from dipole.envs import make
+    from dipole.envs.registry import is_native
 
     rows = min(NUM_ENVS, args.eval_episodes)
     env = make(args.env, rows, mode="native" if is_native(args.env) else "async")

@@ -166,7 +166,8 @@ class AsyncVector:
         """Return a picture of one row, uint8 `[H, W, 3]`."""
         check_rows([row], self.num_envs, 1, "row")
         owners = self._split([row])
-        return self._ask({worker: ("render", (row // len(self._workers),)) for worker in owners})[0]
+        picture: np.ndarray = self._ask({worker: ("render", (row // len(self._workers),)) for worker in owners})[0]
+        return picture
 
     def close(self) -> None:
         """Stop the workers; those that do not leave by themselves are killed. May be called twice."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -102,7 +102,7 @@ def _episodes(kept: Sequence[Attempt], spec: EnvSpec) -> Episodes:
 
 def _attempts(
     name: str, recipe: Recipe, seed: int, wanted: int, num_envs: int | None, options: dict[str, Any]
-) -> tuple[Iterator[Attempt], EnvSpec]:
+) -> tuple[Generator[Attempt], EnvSpec]:
     """Return a generator of attempts in the order of their seeds, and the spec of the environment."""
     native = is_native(name)
     if native or (num_envs or 1) == 1:
@@ -126,7 +126,7 @@ def _attempts(
     return _in_pool(pool, name, seed, ahead=2 * (num_envs or 1)), spec
 
 
-def _in_process(env: VectorEnv, seed: int, recipe: Recipe) -> Iterator[Attempt]:
+def _in_process(env: VectorEnv, seed: int, recipe: Recipe) -> Generator[Attempt]:
     """Yield attempts in seed order; rows finish in another order, so those that are early wait."""
     early: dict[int, Attempt] = {}
     try:
@@ -139,7 +139,7 @@ def _in_process(env: VectorEnv, seed: int, recipe: Recipe) -> Iterator[Attempt]:
         env.close()
 
 
-def _in_pool(pool: ProcessPoolExecutor, name: str, seed: int, ahead: int) -> Iterator[Attempt]:
+def _in_pool(pool: ProcessPoolExecutor, name: str, seed: int, ahead: int) -> Generator[Attempt]:
     """Yield attempts in seed order, computed by worker processes up to `ahead` episodes in advance."""
     waiting: list[Future[Attempt]] = []
     seeds = itertools.count(seed)
@@ -174,7 +174,8 @@ def _worker_env() -> VectorEnv:
     if "env" not in _worker:
         _worker["env"] = make(_worker["name"], 1, mode="sync", **_worker["options"])
         _worker["expert"] = make_expert(_worker["env"])
-    return _worker["env"]
+    env: VectorEnv = _worker["env"]
+    return env
 
 
 def _worker_spec() -> EnvSpec:

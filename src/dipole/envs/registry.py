@@ -62,7 +62,8 @@ def collecting(name: str) -> Collecting:
     module = family_of(name)
     # Simulators go on after success, so that the data show how to stay there.
     default = Collecting() if is_native(name) else Collecting(options={"terminate_on_success": False})
-    return getattr(module, "COLLECTING", {}).get(name, default)
+    special: dict[str, Collecting] = getattr(module, "COLLECTING", {})
+    return special.get(name, default)
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
@@ -90,7 +91,8 @@ def make_expert(env: VectorEnv) -> Expert:
     name = env.spec.name
     if not has_expert(name):
         raise DipoleError(f"environment '{name}' has no scripted expert: 'dipole env list' shows which have one")
-    return family_of(name).build_expert(env)
+    expert: Expert = family_of(name).build_expert(env)
+    return expert
 
 
 def make(name: str, num_envs: int = 1, mode: Mode | None = None, **options: Any) -> VectorEnv:
@@ -119,7 +121,8 @@ def make(name: str, num_envs: int = 1, mode: Mode | None = None, **options: Any)
     workers = {key: options.pop(key) for key in ("num_workers",) if mode == "async" and key in options}
     _check_options(name, options)
     if mode == "native":
-        return module.build_native(name, num_envs, **options)
+        native_env: VectorEnv = module.build_native(name, num_envs, **options)
+        return native_env
     if mode == "async":
         return AsyncVector(name, num_envs, **workers, **options)
     max_steps = options.pop("max_steps", None)

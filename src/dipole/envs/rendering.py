@@ -65,7 +65,8 @@ def import_mujoco() -> ModuleType:
     except (ImportError, AttributeError, RuntimeError) as error:
         backend = os.environ.get("MUJOCO_GL")
         raise DipoleError(f"MuJoCo cannot load MUJOCO_GL={backend} ({error}): {_HOW_TO_MEND}") from None
-    return mujoco
+    module: ModuleType = mujoco
+    return module
 
 
 @functools.cache
@@ -123,7 +124,8 @@ class Camera:
             # A context still open when MuJoCo shuts EGL down makes noise; later registered means earlier called.
             atexit.register(self.close)
         self._renderer.update_scene(data, camera=self._camera)
-        return self._renderer.render().copy()
+        picture: np.ndarray = self._renderer.render().copy()
+        return picture
 
     def _placed(self, mujoco: ModuleType) -> Any:
         if not isinstance(self._view, Mapping):

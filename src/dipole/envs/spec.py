@@ -67,7 +67,8 @@ class StepResult:
     @property
     def done(self) -> np.ndarray:
         """Return `[n]` bool: the episode is over, for whichever reason."""
-        return self.terminated | self.truncated
+        over: np.ndarray = np.logical_or(self.terminated, self.truncated)
+        return over
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,4 +144,5 @@ def clip_actions(spec: EnvSpec, actions: np.ndarray) -> np.ndarray:
         raise ValueError(f"actions have shape {actions.shape}, {spec.name} takes [n, {spec.action.shape[0]}]")
     if not np.isfinite(actions).all():
         raise ValueError(f"an action for {spec.name} is not finite")
-    return np.clip(actions, spec.action_low, spec.action_high).astype(np.float32)
+    clipped: np.ndarray = np.clip(actions, spec.action_low, spec.action_high).astype(np.float32)
+    return clipped

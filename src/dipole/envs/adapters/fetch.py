@@ -45,7 +45,7 @@ def build(name: str, images: bool = False, terminate_on_success: bool = True) ->
     import gymnasium
 
     gymnasium.register_envs(robotics)
-    env = gymnasium.make(f"Fetch{name.split('/')[1]}-v4").unwrapped
+    env: Any = gymnasium.make(f"Fetch{name.split('/')[1]}-v4").unwrapped
     spaces = env.observation_space
     sizes = {"observation.state": spaces["observation"].shape[0], "observation.goal": 3}
     spec = box_spec(name, env, sizes, max_steps=50, fps=25.0, task=TASKS[name])

@@ -31,7 +31,8 @@ def import_gymnasium_robotics() -> ModuleType:
             import gymnasium_robotics
     except ImportError:
         raise MissingExtraError("gymnasium-robotics", "envs") from None
-    return gymnasium_robotics
+    module: ModuleType = gymnasium_robotics
+    return module
 
 
 def _as_state(raw: np.ndarray) -> Observation:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dipole.envs.adapters.gymnasium_env import GymnasiumEnv, Traits, box_spec
-from dipole.envs.rendering import import_mujoco
+from dipole.envs.rendering import View, import_mujoco
 
 # Sentence, time limit (gymnasium's) and camera of each.
-_ENVS = {
+_ENVS: dict[str, tuple[str, int, View]] = {
     "Ant-v5": ("Walk forward on four legs.", 1000, "track"),
     "HalfCheetah-v5": ("Run forward.", 1000, "track"),
     "Hopper-v5": ("Hop forward on one leg.", 1000, "track"),
@@ -29,7 +31,7 @@ def build(name: str, images: bool = False, terminate_on_success: bool = True) ->
 
     key = name.split("/")[1]
     sentence, max_steps, camera = _ENVS[key]
-    env = gymnasium.make(key).unwrapped
+    env: Any = gymnasium.make(key).unwrapped
     spec = box_spec(
         name,
         env,

@@ -41,7 +41,8 @@ def maze_map(name: str) -> list[list[int]]:
     import_gymnasium_robotics()
     from gymnasium_robotics.envs.maze import maps
 
-    return getattr(maps, MAPS[name.split("/")[1]][0])
+    cells: list[list[int]] = getattr(maps, MAPS[name.split("/")[1]][0])
+    return cells
 
 
 def _environment(name: str) -> Any:

@@ -164,7 +164,7 @@ def build(
     maze = "maze" in key
     if random_goals and not (maze or key.startswith("cube")):
         raise DipoleError(f"environment '{name}' has no random goals: only mazes and cubes have")
-    env = gymnasium.make(key, disable_env_checker=True).unwrapped
+    env: Any = gymnasium.make(key, disable_env_checker=True).unwrapped
     goals = Goals(env, random_goals)
     raw, _ = goals.reset(0, None)
     sizes = {"observation.state": len(raw["observation"]), "observation.goal": len(raw["goal"])}
@@ -189,5 +189,5 @@ def build_expert(env: VectorEnv) -> Expert:
 
     if not isinstance(env, SyncVector):
         raise DipoleError(f"the expert of '{env.spec.name}' looks into the simulator: build it with mode 'sync'")
-    inner = [single.env for single in env.envs]
+    inner = [single.env for single in env.envs if isinstance(single, GymnasiumEnv)]
     return PointExpert(inner) if env.spec.name in _POINT else CubeExpert(inner)

@@ -104,7 +104,8 @@ class PushT:
 
     def render(self) -> np.ndarray:
         """Return a picture, uint8 `[384, 384, 3]`."""
-        return self._env.render()
+        picture: np.ndarray = self._env.render()
+        return picture
 
     def close(self) -> None:
         """Free the environment."""

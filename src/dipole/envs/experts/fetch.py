@@ -31,7 +31,8 @@ class FetchExpert:
         """Return the actions, clipped to [-1, 1]."""
         states, goals = obs["observation.state"].astype(np.float64), obs["observation.goal"].astype(np.float64)
         actions = [self._policy(state, goal) for state, goal in zip(states, goals, strict=True)]
-        return np.clip(np.stack(actions), -1, 1).astype(np.float32)
+        clipped: np.ndarray = np.clip(np.stack(actions), -1, 1).astype(np.float32)
+        return clipped
 
 
 def _towards(gripper: np.ndarray, target: np.ndarray, fingers: float) -> np.ndarray:

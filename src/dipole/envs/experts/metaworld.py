@@ -19,7 +19,8 @@ def _policy(task: str) -> Any:
         raise MissingExtraError("metaworld", "envs") from None
     # Its experts aim beyond what a step can do and rely on the clipping; they warn of it at every step.
     warnings.filterwarnings("ignore", message="Constant.s. may be too high", module="metaworld")
-    return ENV_POLICY_MAP[task]()
+    policies: dict[str, Any] = ENV_POLICY_MAP
+    return policies[task]()
 
 
 class MetaWorldExpert:
@@ -38,4 +39,5 @@ class MetaWorldExpert:
         """Return the clean actions of `rows`, clipped to [-1, 1]; see `Expert.act`."""
         states = obs["observation.state"].astype(np.float64)
         actions = [self._policies[row].get_action(state) for row, state in zip(rows, states, strict=True)]
-        return np.clip(np.stack(actions), -1, 1).astype(np.float32)
+        clipped: np.ndarray = np.clip(np.stack(actions), -1, 1).astype(np.float32)
+        return clipped

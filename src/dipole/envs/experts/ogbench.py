@@ -71,4 +71,5 @@ class CubeExpert:
         info["privileged/target_block"] = k
         info["privileged/target_block_pos"] = goals[k].copy()
         info["privileged/target_block_yaw"] = np.zeros(1)
-        return self._oracles[row].select_action(None, info)
+        action: np.ndarray = self._oracles[row].select_action(None, info)
+        return action

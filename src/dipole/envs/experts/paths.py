@@ -42,7 +42,8 @@ def min_jerk_via(start: np.ndarray, via: np.ndarray, goal: np.ndarray, num_steps
 def min_jerk(start: np.ndarray, goal: np.ndarray, num_steps: int) -> np.ndarray:
     """Return the minimum-jerk path `[num_steps + 1, D]` from rest at `start` to rest at `goal`."""
     s = np.linspace(0, 1, num_steps + 1)[:, None]
-    return start + (10 * s**3 - 15 * s**4 + 6 * s**5) * (np.asarray(goal, dtype=np.float64) - start)
+    path: np.ndarray = start + (10 * s**3 - 15 * s**4 + 6 * s**5) * (np.asarray(goal, dtype=np.float64) - start)
+    return path
 
 
 def ornstein_uhlenbeck(

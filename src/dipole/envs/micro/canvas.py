@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 Colour = tuple[int, int, int]
+Point = Sequence[Any] | np.ndarray
 WHITE, BLACK, GREY = (255, 255, 255), (30, 30, 30), (200, 200, 200)
 RED, GREEN, BLUE, ORANGE = (214, 69, 65), (87, 166, 74), (59, 110, 189), (236, 151, 31)
 
@@ -31,21 +33,21 @@ class Canvas:
         weight = np.clip(0.5 - outside / self._pixel, 0, 1)[..., None]
         self._image = (1 - weight) * self._image + weight * np.array(colour, dtype=np.float64)
 
-    def disc(self, centre: Sequence[float], radius: float, colour: Colour) -> None:
+    def disc(self, centre: Point, radius: float, colour: Colour) -> None:
         """Draw a filled disc."""
         self._blend(np.hypot(self._x - centre[0], self._y - centre[1]) - radius, colour)
 
-    def ring(self, centre: Sequence[float], radius: float, width: float, colour: Colour) -> None:
+    def ring(self, centre: Point, radius: float, width: float, colour: Colour) -> None:
         """Draw a circle of line width `width`."""
         self._blend(np.abs(np.hypot(self._x - centre[0], self._y - centre[1]) - radius) - width / 2, colour)
 
-    def box(self, low: Sequence[float], high: Sequence[float], colour: Colour) -> None:
+    def box(self, low: Point, high: Point, colour: Colour) -> None:
         """Draw a filled box along the axes."""
         dx = np.maximum(low[0] - self._x, self._x - high[0])
         dy = np.maximum(low[1] - self._y, self._y - high[1])
         self._blend(np.maximum(dx, dy), colour)
 
-    def line(self, start: Sequence[float], end: Sequence[float], width: float, colour: Colour) -> None:
+    def line(self, start: Point, end: Point, width: float, colour: Colour) -> None:
         """Draw a line with round ends."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         square = dx * dx + dy * dy

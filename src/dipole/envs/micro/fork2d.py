@@ -32,7 +32,8 @@ def segment_distance(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> n
     along = end - start
     square = np.maximum((along**2).sum(-1), 1e-12)  # a segment of no length is its start
     share = np.clip(((point - start) * along).sum(-1) / square, 0, 1)
-    return np.linalg.norm(start + share[:, None] * along - point, axis=-1)
+    found: np.ndarray = np.linalg.norm(start + share[:, None] * along - point, axis=-1)
+    return found
 
 
 class Fork2D:

@@ -79,13 +79,15 @@ def hits(path: np.ndarray, obstacles: np.ndarray, parts: int = 8) -> np.ndarray:
     between = path[:, :-1, None] + share[:, None] * (path[:, 1:] - path[:, :-1])[:, :, None]
     points = between.reshape(len(path), -1, 2)
     gap = np.abs(points[:, :, None] - obstacles[:, None]) - (CAR + EGO)
-    return (gap < 0).all(-1).any((1, 2))
+    found: np.ndarray = (gap < 0).all(-1).any((1, 2))
+    return found
 
 
 def off_road(path: np.ndarray, lanes: np.ndarray) -> np.ndarray:
     """Return `[n]`: whether a point of `path` `[n, K, 2]` lies outside every lane of `lanes` `[n, 3]`."""
     inside = np.abs(path[:, :, None, 1] - np.array([-LANE, 0, LANE])) <= LANE / 2
-    return ~(inside & lanes[:, None]).any(-1).all(-1)
+    found: np.ndarray = ~(inside & lanes[:, None]).any(-1).all(-1)
+    return found
 
 
 def legal_paths(lanes: np.ndarray, obstacles: np.ndarray, speed: float) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,8 @@ LANGUAGE = _FIXED.normal(0, 1, (8, WIDTH))
 def place_to_touch(discs: np.ndarray, task: np.ndarray) -> np.ndarray:
     """Return the place `[n, 2]` that `task` `[n]` names among `discs` `[n, 4, 2]`."""
     disc = discs[np.arange(len(task)), task // 2]
-    return disc + np.stack([np.where(task % 2 == 1, OFFSET, -OFFSET), np.zeros(len(task))], axis=-1)
+    place: np.ndarray = disc + np.stack([np.where(task % 2 == 1, OFFSET, -OFFSET), np.zeros(len(task))], axis=-1)
+    return place
 
 
 class Multi8:

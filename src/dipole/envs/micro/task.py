@@ -6,7 +6,7 @@ alone. A step is then a deterministic function of state and action, the same whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -49,7 +49,7 @@ class MicroTask(Protocol):
 
 def micro_spec(
     name: str,
-    observation: dict[str, tuple[str, ...]],
+    observation: Mapping[str, tuple[str, ...]],
     action: tuple[str, ...],
     bound: float | Sequence[float],
     max_steps: int,

@@ -32,13 +32,15 @@ def surface(x: np.ndarray, waves: np.ndarray) -> np.ndarray:
     """Return h(x) of two sine waves; `waves` `[..., 2, 2]` holds amplitude and phase of each."""
     amplitude, phase = waves[..., 0], waves[..., 1]
     frequency = 2 * np.pi * np.array([1.0, 2.0])
-    return (amplitude * np.sin(frequency * np.asarray(x)[..., None] + phase)).sum(-1)
+    height: np.ndarray = (amplitude * np.sin(frequency * np.asarray(x)[..., None] + phase)).sum(-1)
+    return height
 
 
 def force_now(state: State) -> np.ndarray:
     """Return the force `[...]`."""
     delta = np.where(state["clock"] >= state["tick"], state["jump"], 0.0)
-    return STIFFNESS * np.maximum(0, surface(state["x"], state["waves"]) + delta - state["z"])
+    force: np.ndarray = STIFFNESS * np.maximum(0, surface(state["x"], state["waves"]) + delta - state["z"])
+    return force
 
 
 class Wipe:

@@ -25,6 +25,11 @@ from dipole.errors import DipoleError
 _CLOSE_SECONDS = 5.0  # a worker that has not left by then is killed
 
 
+def _processors() -> int:
+    """Return how many processors this process may use (macOS only says how many there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _serve(pipe: Connection, name: str, num_rows: int, options: dict[str, Any]) -> None:
     """Build `num_rows` environments and answer requests until told to close or until the parent is gone."""
     # Ctrl-C reaches the whole process group; the parent decides what happens then.
@@ -75,7 +80,7 @@ class AsyncVector:
         self._pipes: list[Connection] = []
         self.num_envs = num_envs
         self._name = name
-        count = max(1, min(num_envs, num_workers or len(os.sched_getaffinity(0))))
+        count = max(1, min(num_envs, num_workers or _processors()))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dipole.envs.async_vector"])
         try:

@@ -86,7 +86,7 @@ def _fuse(network: MoDE, time: Tensor) -> FusedLevel:
     with torch.inference_mode(False), torch.no_grad():
         noise = network.noise_embedding(time.clone())
         experts = []
-        for block in network.blocks:
+        for block in network.layers:
             routing = block.router(noise)
             experts.append(block.experts.fuse(routing.selected[0], routing.weights[0]))
     return FusedLevel(float(time[0]), noise, experts)
@@ -114,7 +114,8 @@ class PreparedMoDE:
             if self.network.config.cache_miss == "raise":
                 raise DipoleError(message)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return self.network(x, time, cond, hook)
+            routed: Tensor = self.network(x, time, cond, hook)
+            return routed
         return self.network.denoise(x, level.noise, cond, level.experts, hook)
 
 
@@ -122,7 +123,7 @@ def fingerprint(network: MoDE) -> tuple[object, ...]:
     """Return what changes when any weight the fused experts depend on does."""
     parameters = [
         *network.embed_noise.parameters(),
-        *(p for block in network.blocks for part in (block.router, block.experts) for p in part.parameters()),
+        *(p for block in network.layers for part in (block.router, block.experts) for p in part.parameters()),
     ]
     identity = [(p.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.shape) for p in parameters]
     probes = [p.detach().reshape(-1)[:: max(1, p.numel() // _PROBES)].double() for p in parameters]

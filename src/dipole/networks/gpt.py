@@ -94,7 +94,8 @@ class CausalSelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             self.query_norm(q), self.key_norm(k), v, dropout_p=dropout, is_causal=True
         )
-        return self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, dim)))
+        out: Tensor = self.dropout(self.out(mixed.transpose(1, 2).reshape(batch, length, dim)))
+        return out
 
 
 class Block(nn.Module):
@@ -145,8 +146,9 @@ class GPT(nn.Module):
         self.embed_action = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.empty(self.goal_horizon + window, dim))
         self.dropout = nn.Dropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(Block(config, f"block{i}") for i in range(config.num_layers))
-        self.branches = tuple(name for block in self.blocks for name in block.branches)
+        blocks = [Block(config, f"block{i}") for i in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.branches = tuple(name for block in blocks for name in block.branches)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, action_dim)
         self.apply(init_normal)
@@ -174,7 +176,8 @@ class GPT(nn.Module):
         h = torch.cat(parts, dim=1)
         for block in self.blocks:
             h = block(h, hook)
-        return self.head(self.norm(h[:, 1 + first :].view(batch, length, 2, -1)[:, :, 1]))
+        out: Tensor = self.head(self.norm(h[:, 1 + first :].view(batch, length, 2, -1)[:, :, 1]))
+        return out
 
 
 def init_normal(module: nn.Module) -> None:

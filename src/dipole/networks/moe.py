@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -131,7 +131,8 @@ class Experts(nn.Module):
             if len(row):
                 weight = routing.weights[row, slot].unsqueeze(-1).unsqueeze(-1)
                 out = out.index_add(0, row, weight * self.one(expert, x[row]))
-        return self.dropout(out)
+        dropped: Tensor = self.dropout(out)
+        return dropped
 
     def fuse(self, selected: Tensor, weights: Tensor) -> FusedExpert:
         """Return one expert equal to the weighted sum of the chosen ones (`selected`, `weights`: `[k]`).
@@ -182,10 +183,14 @@ class MoEBlock(nn.Module):
         return base + branch(hook, self.branches[1], lambda tokens: self._feed(tokens, chosen), normed)
 
     def _attend(self, x: Tensor, noise: Tensor) -> Tensor:
-        return self.attention(self.norm_attention(x) + noise.unsqueeze(1))
+        attended: Tensor = self.attention(self.norm_attention(x) + noise.unsqueeze(1))
+        return attended
 
     def _feed(self, x: Tensor, chosen: Routing | FusedExpert) -> Tensor:
-        return self.experts(x, chosen) if isinstance(chosen, Routing) else swish_glu(x, *chosen)
+        if not isinstance(chosen, Routing):
+            return swish_glu(x, *chosen)
+        mixed: Tensor = self.experts(x, chosen)
+        return mixed
 
 
 class MoDE(nn.Module):
@@ -216,8 +221,9 @@ class MoDE(nn.Module):
         )
         self.embed_action = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.empty(self.num_cond + pred_horizon, dim))
-        self.blocks = nn.ModuleList(MoEBlock(config, f"block{i}") for i in range(config.num_layers))
-        self.branches = tuple(name for block in self.blocks for name in block.branches)
+        blocks = [MoEBlock(config, f"block{i}") for i in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.branches = tuple(name for block in blocks for name in block.branches)
         self.norm = nn.RMSNorm(dim)
         self.head = nn.Linear(dim, action_dim)
         self.apply(init_normal)
@@ -245,12 +251,18 @@ class MoDE(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Return the output and every block's routing (for `load_balance`); `generator` draws experts in training."""
         noise = self.noise_embedding(time)
-        routings = [block.router(noise, generator) for block in self.blocks]
+        routings = [block.router(noise, generator) for block in self.layers]
         return self.denoise(x, noise, cond, routings, hook), routings
+
+    @property
+    def layers(self) -> list[MoEBlock]:
+        """Return the blocks."""
+        return [block for block in self.blocks if isinstance(block, MoEBlock)]
 
     def noise_embedding(self, time: Tensor) -> Tensor:
         """Return c `[B, C]` for network times `[B]`."""
-        return self.embed_noise(sigma_feature(time).to(self.position.dtype))
+        noise: Tensor = self.embed_noise(sigma_feature(time).to(self.position.dtype))
+        return noise
 
     def denoise(
         self,
@@ -268,20 +280,22 @@ class MoDE(nn.Module):
         h = torch.cat([noise.unsqueeze(1).expand(batch, 1, -1), tokens], dim=1)
         for block, experts in zip(self.blocks, chosen, strict=True):
             h = block(h, noise, experts, hook)
-        return self.head(self.norm(h[:, -length:]))
+        out: Tensor = self.head(self.norm(h[:, -length:]))
+        return out
 
-    def prepare(self, times: Tensor, cond: Mapping[str, Tensor] | None = None) -> MoDE | PreparedMoDE:
+    def prepare(self, times: Any, cond: Mapping[str, Tensor] | None = None) -> MoDE | PreparedMoDE:
         """Return the network with the experts of these levels fused; called by the sampler before its loop.
 
         The fused experts are kept for the next call and made anew when any weight or the list of levels has changed
-        (see `ExpertCache`). In training mode, or where gradients of the weights are wanted, returns the network itself.
+        (see `ExpertCache`). In training mode, where gradients of the weights are wanted, and for levels that differ
+        from row to row, returns the network itself.
 
         Args:
-            times: `[K]` network times that will be visited.
+            times: Network times that will be visited, `[K]`.
             cond: Not used: routing depends on the level only.
         """
         wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self.training or wants_gradients or times.dim() != 1:
+        if self.training or wants_gradients or not isinstance(times, Tensor) or times.dim() != 1:
             return self
         if self._cache is None or not self._cache.serves(self, times):
             self._cache = ExpertCache(self, times)

@@ -137,7 +137,7 @@ class ModePolicy(nn.Module):
         cond_dims = {} if config.goal is None else {"goal": (1, config.observation[config.goal].shape[0])}
         for key, feature in config.observation.items():
             if key in config.images:
-                encoder = networks.build_vision(config.vision, {key: feature.shape})
+                encoder = networks.build_vision(config.vision or {}, {key: feature.shape})
                 self.vision[_module_name(key)] = encoder
                 cond_dims[key] = (config.obs_horizon, encoder.out_dim)
             elif key != config.goal:

@@ -53,7 +53,7 @@ FEATURES = ("observation.language", "observation.static", "observation.wrist")
 SEEDS = (0, 1, 2)
 DEMONSTRATIONS, HELD_OUT, EPISODES = 600, 60, 200
 SIZE: dict[str, Any] = {"embed_dim": 64, "num_layers": 4, "num_heads": 4}
-QUIET: dict[str, float] = {"attention_dropout": 0.0, "residual_dropout": 0.0, "expert_dropout": 0.0}
+QUIET: dict[str, Any] = {"attention_dropout": 0.0, "residual_dropout": 0.0, "expert_dropout": 0.0}
 NETWORKS = {
     "mixture": MoDEConfig(**SIZE, **QUIET, num_experts=4, top_k=2),
     "dense, same active": MoDEConfig(**SIZE, **QUIET, num_experts=1, top_k=1, expert_ratio=8),
@@ -110,7 +110,7 @@ def train_and_play(name: str, seed: int) -> dict[str, Any]:
         "success": float(play(trained, ENV, EPISODES).column("success").mean()),
         "losses": held_out_losses(trained, Windows(held_out, FEATURES, "action", *horizons), seed),
         "parameters": number_of_parameters(trained),
-        "use": [block.router(noise).probabilities.tolist() for block in trained.network.blocks],
+        "use": [block.router(noise).probabilities.tolist() for block in trained.network.layers],
     }
 
 
@@ -231,7 +231,7 @@ def multiplications(mixture: MoDEConfig, dense: MoDEConfig) -> Claim:
     counts = []
     for config in (mixture, dense):
         network = MoDE(config, 2, 10, {"goal": (1, 16)}).requires_grad_(False).eval()
-        block, noise = network.blocks[0], torch.zeros(1, config.embed_dim)
+        block, noise = network.layers[0], torch.zeros(1, config.embed_dim)
         routing = block.router(noise)
         fused = block.experts.fuse(routing.selected[0], routing.weights[0])
         with FlopCounterMode(display=False) as counter:
@@ -274,7 +274,7 @@ def _network(seed: int = 0, **options: Any) -> tuple[MoDE, Tensor, dict[str, Ten
     torch.manual_seed(seed)
     network = MoDE(MoDEConfig(**{**SIZE, **QUIET, **options}), 3, 5, {"goal": (1, 4)}).double().eval()
     with torch.no_grad():
-        for block in network.blocks:
+        for block in network.layers:
             block.experts.b1.normal_(std=0.1)
             for parameter in block.router.parameters():
                 parameter.mul_(40)
@@ -301,7 +301,7 @@ def _fused_error() -> float:
 @torch.no_grad()
 def _dense_error() -> float:
     network, _, _ = _network(num_experts=1, top_k=1)
-    block, x, noise = network.blocks[0], torch.randn(3, 5, 64).double(), torch.randn(3, 64).double()
+    block, x, noise = network.layers[0], torch.randn(3, 5, 64).double(), torch.randn(3, 64).double()
     u, g = F.linear(x, block.experts.w1[0], block.experts.b1[0]).chunk(2, -1)
     dense = F.linear(u * F.silu(g), block.experts.w2[0])
     return float((block.experts(x, block.router(noise)) - dense).abs().max())
@@ -310,7 +310,7 @@ def _dense_error() -> float:
 @torch.no_grad()
 def _mean_error() -> float:
     network, _, _ = _network(num_experts=4, top_k=4)
-    block, x = network.blocks[0], torch.randn(3, 5, 64).double()
+    block, x = network.layers[0], torch.randn(3, 5, 64).double()
     for parameter in block.router.parameters():
         nn.init.zeros_(parameter)
     mean = torch.stack([block.experts.one(expert, x) for expert in range(4)]).mean(0)
@@ -336,7 +336,7 @@ def _stale_error() -> float:
     network, x, cond = _network()
     time = _times(1.0).expand(3)
     network.prepare(time[:1])(x, time, cond)
-    network.blocks[0].experts.w2[:, 0, 0] += 1.0
+    network.layers[0].experts.w2[:, 0, 0] += 1.0
     return float((network.prepare(time[:1])(x, time, cond) - network(x, time, cond)).abs().max())
 
 

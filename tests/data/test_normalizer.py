@@ -15,6 +15,8 @@ STATS = {
         "std": np.array([0.5, 0.0]),
         "q01": np.array([-2.0, 5.0]),
         "q99": np.array([0.0, 5.0]),
+        "q10": np.array([-1.5, 5.0]),
+        "q90": np.array([-0.5, 5.0]),
         "count": np.array([9]),
     }
 }
@@ -26,6 +28,7 @@ STATS = {
         ("min_max", [[-3.0, 5.0], [1.0, 5.5], [-1.0, 5.0]], [[-1.0, 0.0], [1.0, 0.5], [0.0, 0.0]]),
         ("mean_std", [[-1.0, 5.0], [-0.5, 5.5]], [[0.0, 0.0], [1.0, 0.5]]),
         ("quantiles", [[-2.0, 5.0], [0.0, 5.5], [1.0, 5.0]], [[-1.0, 0.0], [1.0, 0.5], [2.0, 0.0]]),
+        ("quantiles10", [[-1.5, 5.0], [-0.5, 5.5], [0.0, 5.0]], [[-1.0, 0.0], [1.0, 0.5], [2.0, 0.0]]),
         ("identity", [[-3.0, 5.0]], [[-3.0, 5.0]]),
     ],
 )
@@ -127,3 +130,17 @@ def test_a_damaged_state_is_refused(odd):
 def test_a_zero_scale_is_refused():
     with pytest.raises(DipoleError, match="no scale zero"):
         Normalizer({"action": (torch.tensor([0.0]), torch.tensor([0.0]))})
+
+
+def test_an_origin_keeps_the_digits_of_a_huge_scale():
+    # scale x + offset in float32 would be off by about ten here.
+    origin = torch.tensor([0.7, 0.1])
+    affine = {"action": (torch.full((2,), 2e8), torch.full((2,), -1.0))}
+    normalizer = Normalizer.from_state(Normalizer(affine, {"action": origin}).state())
+    assert torch.equal(normalizer.normalize("action", origin), torch.full((2,), -1.0))
+    assert torch.equal(normalizer.denormalize("action", torch.tensor([0.5, -1.0])), origin)
+    scale, offset = normalizer.affine("action")
+    assert torch.equal(offset, -1 - 2e8 * origin)
+    assert scale[0] == 2e8
+    with pytest.raises(DipoleError, match="action"):
+        Normalizer(affine, {"action": torch.tensor([torch.inf, 0.0])})

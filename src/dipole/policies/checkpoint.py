@@ -150,7 +150,9 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Any:
     for name in (MODEL, NORMALIZER):
         _verify(folder / name, header.get("sha256", {}).get(name))
     cls = policy_class(str(header["type"]))
-    config = from_dict(cls.config_class, header["config"], where=str(folder / CONFIG))
+    later = getattr(cls.config_class, "LATER_FIELDS", {})
+    values = {**later, **header["config"]} if isinstance(header["config"], dict) else header["config"]
+    config = from_dict(cls.config_class, values, where=str(folder / CONFIG))
     policy = cls(config, Normalizer.from_state(load_file(folder / NORMALIZER)))
     load_weights(policy, load_file(folder / MODEL), folder / MODEL)
     return policy.to(device).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dipole.data.features import Feature
 from dipole.diffusion import (
@@ -44,7 +44,7 @@ SamplerName = Literal[
     "ddim", "ddpm", "euler", "ancestral", "heun", "dpm2", "dpmpp-2m", "dpmpp-2s", "flow-sde", "cps", "consistency"
 ]
 TimeName = Literal["uniform", "logit-normal", "beta", "log-logistic", "log-normal"]
-NormalizationMode = Literal["min_max", "mean_std", "quantiles", "identity"]
+NormalizationMode = Literal["min_max", "mean_std", "quantiles", "quantiles10", "identity"]
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,17 @@ class PolicyConfig:
         process: Forward process.
         objective: Training objective.
         sampler: How to denoise at run time.
-        normalization: Mode for each kind of feature: `observation`, `action`, `image`.
+        normalization: Mode for each kind of feature: `observation`, `action`, `image`; a feature's own name overrides
+            its kind.
         fps: Control rate in Hz, as in the demonstrations.
         task: What the policy was trained to do, in words.
+        roles: For features with names of their own, the LeRobot name whose place they take in the conditioning, such
+            as `{"observation.qpos": "observation.state"}`.
+        source: Where an imported policy comes from; empty for one trained here.
     """
+
+    # Fields that folders written before they existed lack, with what that meant.
+    LATER_FIELDS: ClassVar[dict[str, Any]] = {"roles": {}, "source": ""}
 
     observation: dict[str, Feature]
     action: Feature
@@ -236,6 +243,8 @@ class PolicyConfig:
     )
     fps: float = 10.0
     task: str = ""
+    roles: dict[str, str] = field(default_factory=dict)
+    source: str = ""
 
     def __post_init__(self) -> None:
         check_horizons(self.obs_horizon, self.pred_horizon, self.action_horizon)
@@ -257,7 +266,7 @@ class PolicyConfig:
     def normalization_mode(self, key: str) -> NormalizationMode:
         """Return how a feature is normalised."""
         kind = "action" if key == "action" else "image" if key in self.images else "observation"
-        return self.normalization[kind]
+        return self.normalization.get(key) or self.normalization[kind]
 
 
 def check_horizons(obs_horizon: int, pred_horizon: int, action_horizon: int) -> None:

@@ -34,8 +34,10 @@ class ObservationEncoder(nn.Module):
         super().__init__()
         self.images = config.images
         vectors = [key for key in config.observation if key not in self.images]
-        self.before = [key for key in vectors if key == "observation.state"]
-        self.after = sorted((key for key in vectors if key != "observation.state"), key=_after_order)
+        roles = {key: config.roles.get(key, key) for key in vectors}
+        self.before = [key for key in vectors if roles[key] == "observation.state"]
+        rest = (key for key in vectors if key not in self.before)
+        self.after = sorted(rest, key=lambda key: _after_order(roles[key]))
         for key in vectors:
             if len(config.observation[key].shape) != 1:
                 raise DipoleError(f"feature '{key}' is neither a vector nor an image: {config.observation[key]}")
@@ -69,5 +71,5 @@ class ObservationEncoder(nn.Module):
         return {"obs": torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]}
 
 
-def _after_order(key: str) -> tuple[bool, str]:
-    return key != "observation.environment_state", key
+def _after_order(role: str) -> tuple[bool, str]:
+    return role != "observation.environment_state", role

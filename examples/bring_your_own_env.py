@@ -79,8 +79,7 @@ def main() -> None:
     """Collect, train, evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fast", action="store_true", help="a shorter training")
-    steps, episodes = (150, 16) if parser.parse_args().fast else (800, 100)
-    torch.set_num_threads(1)
+    steps, episodes = (100, 16) if parser.parse_args().fast else (800, 100)
     env = SyncVector([Reach2D] * 16)
 
     attempts = islice(record(env, Expert(), count(0), Recipe(noise=0.02, label="clean", steps_after_success=16)), 60)

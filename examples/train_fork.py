@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a shorter training")
     parser.add_argument("--out", type=Path, help="run folder (default: a temporary one)")
     args = parser.parse_args()
-    steps, episodes = (100, 16) if args.fast else (1500, 100)
+    steps, episodes = (100, 16) if args.fast else (800, 100)
     torch.set_num_threads(1)
 
     # 1. Demonstrations: a scripted expert takes either side with probability 1/2.

@@ -1,8 +1,9 @@
-"""The command line. One module per command: a docstring (summary, then examples), a dataclass `Args`, and `run(args)`."""
+"""The command line: one module per command, with a docstring (summary, examples), a dataclass `Args` and `run(args)`.
 
 from __future__ import annotations
 
 import importlib
+import keyword
 import sys
 from types import ModuleType
 
@@ -17,6 +18,9 @@ COMMANDS = {
     "compare": "compare two policies on the same seeds",
     "report": "write a run's report page",
     "reproduce": "rerun a published claim: baseline against method",
+    "import": "take over a policy of LeRobot",
+    "export": "write a policy for LeRobot",
+    "convert": "turn datasets and checkpoints of other frameworks into plain files",
     "systems": "list the published systems and their results",
     "bench": "measure dipole against its peers",
     "env": "list environments",
@@ -47,7 +51,8 @@ def usage() -> str:
 def _command(name: str) -> ModuleType:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    return importlib.import_module(f"dipole.cli.{name}")
+    # `import` is a word of Python's own: its module is called `import_`.
+    return importlib.import_module(f"dipole.cli.{name}{'_' if keyword.iskeyword(name) else ''}")
 
 
 def _parse(module: ModuleType, name: str, words: list[str]) -> object:

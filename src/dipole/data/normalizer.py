@@ -68,10 +68,11 @@ class Normalizer(nn.Module):
 
     def affine(self, key: str) -> tuple[Tensor, Tensor]:
         """Return (scale, offset) of a feature, such that y = scale x + offset."""
-        scale, offset, origin = self._parts(key)
+        scale, offset, origin = self.parts(key)
         return scale, offset if origin is None else offset - scale * origin
 
-    def _parts(self, key: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    def parts(self, key: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return (scale, offset, origin) of a feature; the origin is None where it is 0."""
         if key not in self.features:
             raise DipoleError(
                 f"the normalizer was not fitted on '{key}': it knows {', '.join(self.features) or 'nothing'}; "
@@ -82,12 +83,12 @@ class Normalizer(nn.Module):
 
     def normalize(self, key: str, x: Tensor) -> Tensor:
         """Return scale (x - origin) + offset; `x` is `[..., *shape]`."""
-        scale, offset, origin = self._parts(key)
+        scale, offset, origin = self.parts(key)
         return (x if origin is None else x - origin) * scale + offset
 
     def denormalize(self, key: str, y: Tensor) -> Tensor:
         """Return (y - offset) / scale + origin, the inverse of `normalize`."""
-        scale, offset, origin = self._parts(key)
+        scale, offset, origin = self.parts(key)
         x = (y - offset) / scale
         return x if origin is None else x + origin
 
@@ -95,7 +96,7 @@ class Normalizer(nn.Module):
         """Return the flat dict `<feature>.scale`, `.offset` (and `.origin` where there is one), fit for safetensors."""
         state = {}
         for key in self.features:
-            for part, value in zip(("scale", "offset", "origin"), self._parts(key), strict=True):
+            for part, value in zip(("scale", "offset", "origin"), self.parts(key), strict=True):
                 if value is not None:
                     state[f"{key}.{part}"] = value.detach().cpu()
         return state

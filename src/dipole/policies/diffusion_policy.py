@@ -7,6 +7,7 @@ prediction type, sampler and network of dipole. Chunk indexing: index To - 1 of 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,13 @@ class DiffusionPolicy(nn.Module):
         self.sampler = config.sampler
         for key in [*config.observation, "action"]:
             normalizer.affine(key)  # raises for a feature without statistics
+
+    @staticmethod
+    def from_lerobot(path: str | Path, revision: str | None = None, **options: Any) -> DiffusionPolicy:
+        """Return LeRobot's diffusion policy: see `dipole.policies.lerobot.from_lerobot`."""
+        from dipole.policies.lerobot import from_lerobot
+
+        return from_lerobot(path, revision, **options)
 
     @property
     def obs_horizon(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +62,15 @@ class Policy(Protocol):
         Returns:
             `chunk` `[B, Ta, Da]` in physical units, the first action being for now, and the next state.
         """
+
+    if not TYPE_CHECKING:  # a type checker would ask it of every policy
+
+        @staticmethod
+        def from_lerobot(path: str | Path, revision: str | None = None, **options: Any) -> Any:
+            """Return LeRobot's diffusion policy: see `dipole.policies.lerobot.from_lerobot`."""
+            from dipole.policies.lerobot import from_lerobot
+
+            return from_lerobot(path, revision, **options)
 
 
 def reset_rows(state: State, initial: State, mask: Tensor) -> State:

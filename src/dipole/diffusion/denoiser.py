@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dipole.diffusion.prediction import PredictionType, conversion, float_conversion, to_x0
 from dipole.diffusion.process import Flow, LevelLike, Process
-from dipole.diffusion.tensors import Level, Sample, constant, expand, rows, scaled, weighted_sum
+from dipole.diffusion.tensors import Level, Sample, expand, rows, scaled, weighted_sum
 
 Processes = Process | Mapping[str, Process]
 Clock = Literal["noise_at_one", "data_at_one"]
@@ -73,14 +73,15 @@ class NetworkDenoiser:
         """Return x0_hat, shaped as `x`."""
         if not isinstance(x, Tensor):
             return self._parts(x, t, cond)
-        process = self._process()
-        if isinstance(t, Tensor):
-            time = network_time(rows(t, x), process, x.dtype, self.clock)
-            return self._x0(self.network(self._scaled(x, t, process), time, cond), x, t, process)
-        at = self._shared_level(x, t, process)
+        if isinstance(t, Tensor) or isinstance(self.process, Mapping):
+            process = self._process()
+            output = self.network(self._scaled(x, t, process), self._time(x, t, process), cond)
+            return self._x0(output, x, t, process)
+        # The fast path: all rows at one level, told as a number.
+        at = self._shared_level(x, t, self.process)
         output = self.network(x if at.c_in == 1.0 else scaled(x, at.c_in), at.time, cond)
         if self.prediction_type == "x0" or output.dtype is not x.dtype:
-            return self._x0(output, x, t, process)
+            return self._x0(output, x, t, self.process)
         return weighted_sum(at.c_x, x, at.c_out, output)
 
     def prepare(self, levels: Level, cond: Any) -> Denoiser:
@@ -158,8 +159,8 @@ class _SharedLevel(NamedTuple):
 
     time: Tensor
     c_in: float
-    c_x: Tensor
-    c_out: Tensor
+    c_x: float
+    c_out: float
 
 
 @lru_cache(maxsize=4096)
@@ -178,4 +179,4 @@ def _shared_level(
     sign = -1.0 if clock == "data_at_one" and prediction_type == "velocity" else 1.0
     with torch.inference_mode(False):
         time = network_time(t, process, dtype, clock).to(device).expand(batch)
-    return _SharedLevel(time, number.c_in, constant(number.c_x, dtype), constant(sign * number.c_out, dtype))
+    return _SharedLevel(time, number.c_in, number.c_x, sign * number.c_out)

@@ -62,6 +62,8 @@ def weighted_sum(a: Tensor | float, x: Tensor, b: Tensor | float, y: Tensor) -> 
     """
     if isinstance(a, Tensor) or isinstance(b, Tensor) or torch.compiler.is_compiling():
         return x * a + y * b
+    if a == 1.0:
+        return x + y * constant(b, x.dtype)
     return x * constant(a, x.dtype) + y * constant(b, x.dtype)
 
 

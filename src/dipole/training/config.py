@@ -28,7 +28,7 @@ class TrainConfig:
         weight_decay: Decoupled weight decay, on matrices only (not on biases and norms).
         betas: Adam's moment decays.
         grad_clip: Largest gradient norm; None for no clipping.
-        ema: `constant`: decay `ema_decay`, bias-corrected as Adam's moments are; `power`: Diffusion Policy's schedule.
+        ema: `constant`: decay `ema_decay`, after a ramp; `power`: Diffusion Policy's schedule (see `decay_at`).
         ema_decay: Decay of `constant`, upper bound of `power`.
         precision: `auto` measures fp32 against bf16 autocast at the start and takes the faster.
         val_fraction: Share of the episodes held out; 0 for none.

@@ -13,15 +13,13 @@ from torch import nn
 def decay_at(k: int, schedule: Literal["constant", "power"], decay: float) -> float:
     """Return the decay of update `k` (0 for the first): 0 at k = 0, so that one update copies the model.
 
-    `constant`: d (1 - d^k) / (1 - d^(k+1)), an average with constant decay `d` whose start is corrected as Adam
-    corrects its moments (Kingma & Ba 2015, section 3), so that short runs are not pulled to their first weights.
+    `constant`: min(k / (k + 9), d), a constant decay after a ramp that averages over about the last ninth of the run
+    so far (the schedule of BESO, Reuss et al. 2023, and of TensorFlow): without it the average of a short run lags.
     `power`: min(1 - (1 + k)^-0.75, d) (Diffusion Policy, Chi et al. 2023; its code has d = 0.9999).
     """
     if schedule == "power":
         return min(1 - math.pow(1 + k, -0.75), decay)
-    if decay >= 1:
-        return k / (k + 1)
-    return decay * (1 - math.pow(decay, k)) / (1 - math.pow(decay, k + 1))
+    return min(k / (k + 9), decay)
 
 
 class EMA:

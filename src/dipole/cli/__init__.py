@@ -1,4 +1,4 @@
-"""The command line: one module per command, with a docstring (summary, examples), a dataclass `Args` and `run(args)`.
+"""The command line: one module per command, with a docstring (summary, examples), dataclass `Args` and `run(args)`."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ HDF5_DAMAGE = {
     "picture of another size": (put(IMAGE, jpeg(64)), "has a picture of"),
     "gray picture": (put(IMAGE, jpeg(32, colour=False)), "its space says"),
     "pictures as numbers": (put(IMAGE, np.zeros((6, 8))), "encoded pictures expected"),
-    "attribute not UTF-8": (edit(non_utf8_attribute), "utf-8"),
+    "attribute not UTF-8": (edit(non_utf8_attribute), "not UTF-8"),
     "attribute of odd type": (edit(reference_attribute), "neither number nor text"),
     "options that contradict": (edit(contradicting_options), "contradicts another"),
     "infos of one name": (edit(doubled_infos), "two infos would both be named 'info.a.b'"),

@@ -222,7 +222,7 @@ DAMAGE = {
     "NaN": (poke("data/demo_1/actions", (2, 3), np.nan), "'action' holds NaN .* episode 1, frame 2"),
     "env_args no JSON": (attribute("data", "env_args", "{"), "'env_args' is not a JSON object"),
     "env_args a number": (attribute("data", "env_args", 3), "'env_args' is not a JSON object"),
-    "env_args not UTF-8": (attribute("data", "env_args", np.bytes_(b"\xff")), "utf-8"),
+    "env_args not UTF-8": (attribute("data", "env_args", np.bytes_(b"\xff")), "not UTF-8"),
     "group for an array": (lambda file: (put(ACTIONS, None)(file), file.create_group(ACTIONS)), "is a group, an array"),
     "array for a group": (put("data/demo_1", np.zeros(3)), "is an array, a group"),
     "external link": (external_link, "link to somewhere else: refused"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ _BUILT_IN_FILTERS = frozenset([1, 2, 3, 4, 5, 6, 32000])
 MAX_RATIO = 200
 ALLOWANCE = 256 * 2**20
 _TEXT_ROWS = 64
+_FEW_PIECES, _PIECE_BYTES = 4096, 16
+_HEAP = b"GCOL\x01"
+_SCAN_BYTES = 4 * 2**30
 _ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, UnicodeError)
 
 
@@ -50,6 +54,13 @@ class Hdf5:
             self.root = h5py.File(path, "r", locking="best-effort")
         except _ERRORS as error:
             raise DipoleError(f"{path} is not a whole HDF5 file ({_line(error)}): copy or download it again") from None
+        try:
+            if self.root.id.get_create_plist().get_sizes() != (8, 8):
+                raise DipoleError(f"{path} uses numbers of unusual size: it is damaged, or was not written by h5py")
+            _check_heaps(path)
+        except BaseException:
+            self.root.close()
+            raise
 
     def __enter__(self) -> Hdf5:
         return self
@@ -70,14 +81,12 @@ class Hdf5:
         """Return the names of a group's members."""
         with self._reading(group.name):
             names = list(group.keys())
-        for name in names:
-            self._text(name, group.name)
-        return names
+        return [self._text(name, group.name) for name in names]
 
     def _get(self, parent: Any, name: str) -> Any:
         where = f"{parent.name.rstrip('/')}/{name}"
         with self._reading(where):
-            link = None if "/" in name else parent.get(name, getlink=True)
+            link = None if "/" in name or name in ("", ".") else parent.get(name, getlink=True)
             if link is None:
                 raise DipoleError(f"{self.path} has no '{where}': it has {_some(parent.keys())}")
             if not isinstance(link, self._h5py.HardLink):
@@ -97,10 +106,16 @@ class Hdf5:
         if not isinstance(node, self._h5py.Dataset):
             raise DipoleError(f"{self.path}: '{node.name}' is a group, an array was expected")
         with self._reading(node.name):
+            # Asking is reading: of a damaged file, these fail.
+            _ = node.shape, node.dtype
             if node.is_virtual or node.external:
                 raise DipoleError(f"{self.path}: '{node.name}' keeps its data in other files: refused")
             plist = node.id.get_create_plist()
             filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
+            pieces = math.prod(-(-n // max(1, c)) for n, c in zip(node.shape or (), node.chunks or (), strict=False))
+        # Looking for millions of pieces that are not there would take hours.
+        if node.chunks and pieces > _FEW_PIECES + self.path.stat().st_size // _PIECE_BYTES:
+            self._refuse_size(node)
         if filters - _BUILT_IN_FILTERS:
             number = min(filters - _BUILT_IN_FILTERS)
             raise DipoleError(f"{self.path}: '{node.name}' needs the HDF5 plug-in {number}: store it with gzip instead")
@@ -117,10 +132,8 @@ class Hdf5:
             for key in node.attrs:
                 self._text(key, node.name)
                 value = node.attrs[key]
-                if isinstance(value, bytes):
-                    value = value.decode("utf-8")
-                if isinstance(value, str):
-                    self._text(value, f"{node.name}, attribute {key}")
+                if isinstance(value, str | bytes):
+                    value = self._text(value, f"{node.name}, attribute {key}")
                 elif np.asarray(value).dtype.kind not in "fiub":
                     raise DipoleError(f"{self.path}: attribute '{key}' of '{node.name}' is neither number nor text")
                 found[key] = value
@@ -193,11 +206,48 @@ class Hdf5:
             f"{self.path.stat().st_size} bytes can hold: it is damaged"
         )
 
-    def _text(self, value: str, where: str) -> None:
+    def _text(self, value: Any, where: str) -> str:
+        """Return a text, or raise: h5py gives bytes, or surrogates, for what is not UTF-8."""
         try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
+            text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+            text.encode("utf-8")
+        except UnicodeError:
             raise DipoleError(f"{self.path}: a text at '{where}' is not UTF-8: the file is damaged") from None
+        return text
+
+
+def _check_heaps(path: Path) -> None:
+    """Raise if one of the file's heaps of texts has a piece of size 0 or of more than the heap.
+
+    libhdf5 (2.0, 1.14) goes through a heap piece by piece and never ends at such a piece. Files above 4 GiB are not
+    looked through: it would take longer than reading the part that is wanted.
+    """
+    size = path.stat().st_size
+    if not 0 < size <= _SCAN_BYTES:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        heap = data.find(_HEAP)
+        while heap >= 0:
+            if not _heap_ends(data, heap):
+                raise DipoleError(f"{path} has a damaged heap of texts at byte {heap}: copy or download it again")
+            heap = data.find(_HEAP, heap + 1)
+
+
+def _heap_ends(data: mmap.mmap, heap: int) -> bool:
+    """Whether the pieces of the heap at a place lead to its end: number u16, uses u16, 4 unused, size u64, content."""
+    total = int.from_bytes(data[heap + 8 : heap + 16], "little")
+    place, end = heap + 16, heap + total
+    if end > len(data):
+        return True  # libhdf5 refuses it by itself
+    while place + 16 <= end:
+        number = int.from_bytes(data[place : place + 2], "little")
+        size = int.from_bytes(data[place + 8 : place + 16], "little")
+        # Piece 0 is the free space, and counts its own header.
+        step = size if number == 0 else 16 + -(-size // 8) * 8
+        if step == 0 or step > end - place:
+            return False
+        place += step
+    return True
 
 
 def _some(names: Any) -> str:

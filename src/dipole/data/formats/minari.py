@@ -240,7 +240,13 @@ def _fill(
                 columns[part.key][start : start + length] = values
         start += length
     columns = {key: np.concatenate(c) if isinstance(c, list) else c for key, c in columns.items()}
-    return columns, {key: np.stack(values) for key, values in finals.items()}
+    return columns, {key: _stacked(values, key, store) for key, values in finals.items()}
+
+
+def _stacked(values: list[np.ndarray], key: str, store: Store) -> np.ndarray:
+    if len({value.shape for value in values}) > 1:
+        raise DipoleError(f"{store.source}: '{key}' differs in form between episodes: store all in the same form")
+    return np.stack(values)
 
 
 def _checked(values: np.ndarray, store: Store, part: _Part, number: int, length: int) -> np.ndarray:

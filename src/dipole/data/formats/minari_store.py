@@ -210,6 +210,7 @@ class ArrowStore:
                     table = reader.read_all()
             # Offsets and sizes inside the file are not to be trusted before this.
             table.validate(full=True)
+            _check_names(table.schema)
             return table.combine_chunks()
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise DipoleError(f"{path} is damaged ({_line(error)}): copy or download it again") from None
@@ -263,6 +264,14 @@ class ArrowStore:
             return _texts(array, where)
         shape = _noted_shape(field)
         return _numbers(array, _list_shape(array) if shape is None else shape, where)
+
+
+def _check_names(fields: Iterable[pa.Field]) -> None:
+    """Raise a UnicodeDecodeError if the name of a column, or of a part of one, is no text."""
+    for field in fields:
+        _ = field.name
+        if pa.types.is_struct(field.type):
+            _check_names(field.type)
 
 
 def _struct_paths(field: pa.Field, path: Path_) -> Iterator[Path_]:

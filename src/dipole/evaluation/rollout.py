@@ -1,8 +1,8 @@
 """Rolling out a policy in a batch of environments, with the same result to the digit whatever the batch's size.
 
 Every environment row runs one episode after another. A row keeps the last To observations (the first one repeated at
-the start), executes the Ta actions of a chunk and asks for the next; rows ask at different times, so the policy is
-called on those that need it. See `blocks` for how a row's answer is kept independent of its neighbours.
+the start), executes the Ta actions of a chunk and waits until all rows have, so that the policy is called on many rows
+at once; a row that begins an episode waits too. See `blocks` for how a row's answer is kept independent of its neighbours.
 """
 
 from __future__ import annotations
@@ -107,8 +107,10 @@ class _Runner:
     def run(self) -> list[Episode]:
         self._start(range(self.env.num_envs))
         while self.active:
-            rows = sorted(self.active)
-            self._plan([row for row in rows if not self.active[row].queue])
+            rows = sorted(row for row, episode in self.active.items() if episode.queue)
+            if not rows:
+                rows = sorted(self.active)
+                self._plan(rows)
             actions = np.stack([self.active[row].queue.popleft() for row in rows])
             result = self.env.step(actions, rows)
             self._remember(rows, result.obs)
@@ -138,8 +140,6 @@ class _Runner:
 
     def _plan(self, rows: list[int]) -> None:
         """Fill the queues of rows that have no action left."""
-        if not rows:
-            return
         live = [self.active[row] for row in rows]
         obs = {key: torch.from_numpy(value[rows]) for key, value in self.history.items()}
         index = torch.tensor(rows, device=self.device)

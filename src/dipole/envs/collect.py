@@ -4,6 +4,11 @@ Noise: a Gaussian of standard deviation `noise` is added to the action that is e
 off the expert's path. The recorded action is by default the expert's clean one for the state it was in ("clean"):
 imitation then learns to come back, as in DART (Laskey et al. 2017). With "executed" it is what was executed, clipped to
 the bounds: what offline RL and dynamics models need.
+
+Measured on metaworld/peg-insert-side-v3 (60 episodes, regression of 16-step chunks, 8 executed, 250 steps, two
+trainings of 40 evaluation episodes each, so one standard error is 5 points): no noise 65 %; noise 0.1: clean 71 %,
+executed 69 %; noise 0.3: clean 71 %, executed 64 %. Clean labels are ahead at both levels, but no single difference is
+significant.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ renderer.update_scene(data)
 assert renderer.render().any()
 renderer.close()
 """
-_PROBE_SECONDS = 60  # a cold start of Python, MuJoCo and Mesa takes 1 to 3 s
+_PROBE_SECONDS = 120  # a cold start of Python, MuJoCo and Mesa takes 1 to 3 s, on a crowded machine a minute
 
 
 def _has_egl() -> bool:

@@ -27,7 +27,7 @@ from dipole.diffusion import (
     sample,
 )
 from dipole.diffusion.affine import Affine, affine_map, propagate, sampler_map
-from dipole.diffusion.guidance import gradient_of
+from dipole.diffusion.guidance import gradient_of, hold
 
 F64 = torch.float64
 MEAN = torch.tensor([0.4, -0.3], dtype=F64)
@@ -152,6 +152,27 @@ def test_sampler_is_its_closed_form(process, sampler, guidance):
     mean, total = propagate(denoiser, process, levels, sampler, (2,), cond=cond)
     assert torch.allclose(mean, offset, **EXACT)
     assert torch.allclose(total, std**2 * matrix @ matrix.T + cov, **EXACT)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(), DDIM(eta=0.5), Heun()], ids=repr)
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+def test_holding_entries_of_the_sample(process, sampler):
+    levels = process.levels(4)
+    known, mask = torch.tensor([0.0, 0.9], dtype=F64), torch.tensor([False, True])
+    keep = torch.diag((~mask).double())
+    denoiser, den = unguided(process)
+    run = sampler_map(denoiser, process, levels, sampler, (2,), project=hold(known, mask))
+    matrix, offset, cov = keep, known, torch.zeros(2, 2, dtype=F64)
+    for k in range(4):
+        if isinstance(sampler, Kernel):
+            ((a, b, q),) = closed_forms.kernel_steps(sampler, process, levels[k : k + 2], den)
+        else:
+            (a, b), q = closed_forms.solver_map(sampler, process, levels[k : k + 2], den), 0 * cov
+        matrix, offset = keep @ a @ matrix, keep @ (a @ offset + b) + known
+        cov = keep @ (a @ cov @ a.T + q) @ keep
+    assert torch.allclose(run.matrix, matrix, **EXACT)
+    assert torch.allclose(run.offset, offset, **EXACT)
+    assert torch.allclose(run.noise @ run.noise.T, cov, **EXACT)
 
 
 @pytest.mark.parametrize("churn", [0.0, 10.0, 80.0])

@@ -233,6 +233,12 @@ def test_starting_below_the_first_level_visits_the_rest():
     assert sample(elementwise, process, process.levels(5), init=noisy, t_start=-1.0) is noisy
 
 
+def test_levels_may_be_whole_numbers():
+    process, init = VP.cosine(20), torch.randn(2, T, D)
+    whole = sample(elementwise, process, torch.tensor([9, 7, 3, -1]), init=init)
+    assert torch.equal(whole, sample(elementwise, process, torch.tensor([9.0, 7.0, 3.0, -1.0]), init=init))
+
+
 def test_callback_sees_every_step_and_project_every_sample():
     process, held = Flow(), []
     steps = []

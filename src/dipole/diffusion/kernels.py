@@ -125,7 +125,7 @@ class Kernel(ABC):
         return self.combine(x, x0_hat, coefficient_table(self, process, (float(t), float(s)))[0])
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def coefficient_table(kernel: Kernel, process: Process, levels: tuple[float, ...]) -> tuple[Coefficients, ...]:
     """Return the coefficients of every step along a list of levels, as numbers, remembered.
 

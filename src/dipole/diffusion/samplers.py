@@ -42,7 +42,8 @@ class Chain:
 
     Attributes:
         levels: `[K+1]`-first levels visited (or parts).
-        samples: K + 1 samples, noisiest first, as the kernel drew them.
+        samples: K + 1 samples, noisiest first, as the kernel drew them; after `project`, if there was one (entries it
+            overwrites have no density: leave them out of the score by its `mask`).
         x0_hats: K denoiser outputs.
     """
 

@@ -40,7 +40,7 @@ def rows(level: Tensor | float, x: Tensor) -> Tensor:
     return level.expand(x.shape[0], *level.shape[1:])
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)
 def constant(value: float, dtype: torch.dtype) -> Tensor:
     """Return a number as a 0-dimensional tensor, remembered: torch multiplies by it twice as fast as by the number."""
     with torch.inference_mode(False):  # else the first caller's mode would decide whether others can differentiate

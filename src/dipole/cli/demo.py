@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dipole.policies import DiffusionPolicy, SamplerConfig
 
 STATE = "demo.json"
-NUM_ENVS = 8
+NUM_ENVS = 10
 
 
 @dataclass

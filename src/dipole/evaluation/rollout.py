@@ -2,7 +2,7 @@
 
 Every environment row runs one episode after another. A row keeps the last To observations (the first one repeated at
 the start), executes the Ta actions of a chunk and waits until all rows have, so that the policy is called on many rows
-at once; a row that begins an episode waits too. See `blocks` for how a row's answer is kept independent of its neighbours.
+at once; a row that begins an episode waits too. See `blocks` for how a row's answer is kept independent of others'.
 """
 
 from __future__ import annotations

@@ -161,13 +161,13 @@ class Trainer:
     def run(self, described: Mapping[str, Any], progress: bool | None) -> TrainResult:
         """Train to the end, or to a request to stop."""
         main = self.accelerator.is_main_process
+        self._start_clocks()
         if main:
             self.trackers = open_trackers(self.config.track, self.out, self.step, described)
             if self.step == 0:
                 self._save()
         loader = Loader.of(self.source, self.config, self.accelerator, self.step, self.plan.steps)
         one = torch.ones((), device=self.accelerator.device)
-        self._start_clocks(loader)
         try:
             with StopRequest() as stop, ProgressBar(self.plan.steps, self.step, progress if main else False) as bar:
                 for batch in loader:
@@ -228,7 +228,7 @@ class Trainer:
         asked = torch.tensor(float(stop.received), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
 
-    def _start_clocks(self, loader: Loader) -> None:
+    def _start_clocks(self) -> None:
         now = time.monotonic()
         self._began = self._saved_at = self._logged_at = now
         self._before, self._started_at, self._logged_step, self._waited = self.seconds, self.step, self.step, 0.0
@@ -271,6 +271,7 @@ class Trainer:
         if not math.isfinite(float(self.meter[0])):
             raise DipoleError(f"the training loss is not finite at update {self.step}: lower the learning rate")
         updater = self.updater
+        self.seconds = self._before + time.monotonic() - self._began
         save_policy(updater.ema.module, self.out / "checkpoints" / "last")
         tensors = {
             "model": module_tensors(updater.policy),

@@ -82,6 +82,8 @@ def test_the_sampler_can_be_chosen(run, capsys):
     assert (other["sampler"]["name"], other["sampler"]["num_steps"], other["nfe"]) == ("heun", 4, 7)
     assert (fewer["sampler"]["name"], fewer["nfe"]) == ("euler", 1)
     assert own["digest"] == other["digest"]
+    assert own["sampler_is_its_own"]
+    assert not fewer["sampler_is_its_own"]
 
 
 def test_compare(run, tmp_path, capsys):

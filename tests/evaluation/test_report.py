@@ -8,7 +8,7 @@ import pytest
 
 from dipole.errors import DipoleError
 from dipole.evaluation.evaluate import evaluate
-from dipole.evaluation.report import duration, magnitude, number, percent, write_report
+from dipole.evaluation.report import commands, duration, magnitude, number, percent, write_report
 from dipole.evaluation.report_data import read_report_data
 from dipole.evaluation.sweep import SamplerResult, save_sweep
 
@@ -191,6 +191,20 @@ def test_only_an_evaluation(run):
     text = Page(write_report(run).read_text()).text
     assert "dipole eval peg --env toy --episodes 20 --seed 0" in text
     assert "Speed and success" not in text
+
+
+def test_the_command_repeats_what_was_changed(run):
+    evaluation = read_report_data(run).evaluation
+    sampler = {"name": "heun", "num_steps": 3}
+    changed = replace(
+        evaluation,
+        settings={**evaluation.settings, "max_steps": 9},
+        policy={**evaluation.policy, "sampler": sampler, "sampler_is_its_own": False},
+    )
+    changed.save(run / "evaluation.json")
+    (run / "summary.json").unlink()
+    expected = "dipole eval peg --env toy --episodes 20 --seed 0 --max-steps 9 --sampler heun --steps 3"
+    assert commands(read_report_data(run)) == [expected, "dipole report peg"]
 
 
 def test_nothing_to_report_on(tmp_path):

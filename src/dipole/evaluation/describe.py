@@ -39,4 +39,5 @@ def describe(policy: Any) -> dict[str, Any]:
         "pred_horizon": policy.pred_horizon,
         "action_horizon": policy.action_horizon,
         "sampler": None if sampler is None else to_dict(sampler),
+        "sampler_is_its_own": sampler == getattr(getattr(policy, "config", None), "sampler", sampler),
     }

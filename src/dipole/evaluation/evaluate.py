@@ -159,6 +159,7 @@ def evaluate(
         "first_seed": seed,
         "block": block,
         "max_steps": spec.max_steps if max_steps is None else max_steps,
+        "max_steps_of_env": spec.max_steps,
         "stop_on_success": spec.score == "success" if stop_on_success is None else stop_on_success,
         "env_options": dict(env_options or {}),
     }

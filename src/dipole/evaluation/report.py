@@ -138,6 +138,11 @@ def commands(data: ReportData) -> list[str]:
     if offset:
         return []
     words = f"dipole eval {data.run} --env {evaluation.env} --episodes {evaluation.num_episodes} --seed {block}"
+    settings, sampler = evaluation.settings, evaluation.policy["sampler"]
+    if settings["max_steps"] != settings["max_steps_of_env"]:
+        words += f" --max-steps {settings['max_steps']}"
+    if sampler and not evaluation.policy["sampler_is_its_own"]:
+        words += f" --sampler {sampler['name']} --steps {sampler['num_steps']}"
     return [words, f"dipole report {data.run}"]
 
 

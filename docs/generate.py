@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import os
 import pkgutil
@@ -59,7 +58,12 @@ def commands() -> list[str]:
     """Return the commands that can be run, in the order of `dipole --help`."""
     from dipole import cli
 
-    return [name for name in cli.COMMANDS if importlib.util.find_spec(f"dipole.cli.{name}")]
+    found = []
+    for name in cli.COMMANDS:
+        with contextlib.suppress(ModuleNotFoundError):
+            cli._command(name)
+            found.append(name)
+    return found
 
 
 def help_text(*words: str) -> str:
@@ -208,7 +212,19 @@ def api_page(package: str, title: str) -> str:
     names = [f"dipole.{package}"] if package == "systems" else list(modules(f"dipole.{package}"))
     if package == "systems":
         names += [f"dipole.systems.{name}" for name in ("card", "experiment", "run", "store")]
-    return f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+    return f"# {title}\n\n" + "\n".join(directive(name) for name in names)
+
+
+def directive(name: str) -> str:
+    """Return the directive of one module; a package shows what it defines itself, and names what it passes on."""
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", None)
+    if public is None or not hasattr(module, "__path__"):
+        return f"::: {name}\n"
+    own = [key for key in public if getattr(getattr(module, key), "__module__", name) == name]
+    passed_on = ", ".join(f"`{key}`" for key in public if key not in own)
+    text = f"::: {name}\n    options:\n      members: {own or 'false'}\n"
+    return text + (f"\nTo be imported from here: {passed_on}.\n" if passed_on else "")
 
 
 def main() -> None:
@@ -220,7 +236,7 @@ def main() -> None:
     write("systems.md", systems_page())
     for package, title in PACKAGES.items():
         write(f"api/{package}.md", api_page(package, title))
-    write("api/basics.md", "# Basics\n\n" + "\n".join(f"::: {name}\n" for name in BASICS))
+    write("api/basics.md", "# Basics\n\n" + "\n".join(directive(name) for name in BASICS))
     figures.draw_all(GENERATED / "figures")
 
 

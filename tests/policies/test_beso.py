@@ -13,8 +13,9 @@ from dipole.diffusion import VP, LogLogistic
 from dipole.errors import DipoleError
 from dipole.networks.gpt import GPTConfig
 from dipole.policies import load_policy, save_policy
-from dipole.policies.beso import BesoConfig, BesoPolicy
+from dipole.policies.beso import BesoConfig, BesoPolicy, make_beso
 from dipole.policies.config import SamplerConfig
+from dipole.training import TrainConfig, fit
 
 STATE, GOAL, C, D, W, G = "observation.state", "observation.goal", 3, 2, 4, 2
 SMALL = GPTConfig(embed_dim=16, num_layers=2, num_heads=2, attention_dropout=0.0, residual_dropout=0.0)
@@ -329,6 +330,30 @@ def test_saved_and_loaded_policy_acts_the_same(tmp_path):
     first, _ = policy.act(obs, policy.initial_state(2), noise=noise)
     second, _ = loaded.act(obs, loaded.initial_state(2), noise=noise)
     assert torch.equal(first, second)
+
+
+def test_trained_by_the_ordinary_loop_saved_and_loaded(tmp_path):
+    episodes = play()
+    policy = make_beso(episodes, observation=[STATE], goal=GOAL, window=3, goal_horizon=1, network=SMALL)
+    windows = HindsightWindows(episodes, [STATE], window=3, goal_horizon=1)
+    fit(policy, windows, None, TrainConfig(steps=3, batch_size=8, precision="fp32", device="cpu"), tmp_path / "run")
+    loaded = load_policy(tmp_path / "run")
+    assert loaded.config.observation[GOAL].shape == (C,)
+    obs = {STATE: torch.randn(2, 3, C), GOAL: torch.randn(2, 3, C)}
+    assert loaded.act(obs, loaded.initial_state(2))[0].shape == (2, 1, D)
+
+
+def test_new_policies_have_the_weights_of_their_seed_and_leave_the_global_one_alone():
+    episodes = play()
+    before = torch.get_rng_state()
+    first, second, other = (
+        make_beso(episodes, observation=[STATE], goal=GOAL, goal_dims=(0,), network=SMALL, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.config.observation[GOAL].shape == (1,)
+    assert torch.equal(first.network.head.weight, second.network.head.weight)
+    assert not torch.equal(first.network.head.weight, other.network.head.weight)
 
 
 def test_mistakes_are_named():

@@ -49,7 +49,6 @@ def tiny(monkeypatch):
         monkeypatch.setattr(module, "TRAINING", {**module.TRAINING, "steps": 2, "batch_size": 8})
     monkeypatch.setattr(experiment, "rollout", partial(experiment.rollout, max_steps=9))
     monkeypatch.setattr(beso, "NFES", (3, 30))
-    monkeypatch.setattr(beso, "SCALES", (0.0, 2.0, 3.0))
     monkeypatch.setattr(mode, "HELD_OUT", 2)
     monkeypatch.setattr(mode, "CALLS", 2)
 

@@ -13,12 +13,14 @@ network cannot see.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
+from dipole.data.episodes import Episodes
+from dipole.data.features import Feature
 from dipole.data.hindsight import GOAL_PREFIX
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion import EDM, NetworkDenoiser, add_noise, sample
@@ -31,7 +33,38 @@ from dipole.policies.beso_config import BesoConfig
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State, reset_rows
 
-__all__ = ["BesoConfig", "BesoPolicy"]
+__all__ = ["BesoConfig", "BesoPolicy", "make_beso"]
+
+
+def make_beso(
+    episodes: Episodes, *, observation: Sequence[str], goal: str | None = None, seed: int = 0, **options: Any
+) -> BesoPolicy:
+    """Return an untrained policy for play data; train it on `HindsightWindows(episodes, observation, window, ...)`.
+
+    Args:
+        episodes: The data.
+        observation: Features that are observed.
+        goal: The feature that holds the goal at run time; it need not be in the data, and has the shape of the
+            concatenated observation unless `goal_dims` says which part of it.
+        seed: Of the weights.
+        **options: Other fields of `BesoConfig`.
+    """
+    features = {key: episodes.feature(key) for key in observation}
+    stats = episodes.stats()
+    if goal is not None:
+        size = len(options.get("goal_dims", ())) or sum(feature.size for feature in features.values())
+        features[goal] = Feature("float32", (size,))
+    config = BesoConfig(
+        observation=features,
+        action=episodes.feature("action"),
+        action_low=tuple(float(value) for value in stats["action"]["min"]),
+        action_high=tuple(float(value) for value in stats["action"]["max"]),
+        goal=goal,
+        **{"fps": episodes.fps, **options},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BesoPolicy(config, Normalizer.fit(stats, config.normalization_modes()))
 
 
 class BesoPolicy(nn.Module):

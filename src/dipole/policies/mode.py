@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dipole import networks
+from dipole.data.episodes import Episodes
 from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion import EDM, DenoisingObjective, LogLogistic, NetworkDenoiser, sample
@@ -109,6 +110,31 @@ class ModeConfig:
         if key == self.goal:
             return self.normalization["goal"]
         return self.normalization["image" if key in self.images else "observation"]
+
+
+def make_mode(
+    episodes: Episodes, *, observation: Sequence[str], goal: str | None = None, seed: int = 0, **options: Any
+) -> ModePolicy:
+    """Return an untrained policy for demonstrations; train it on plain `Windows`.
+
+    Args:
+        episodes: The data.
+        observation: Features that are observed, besides the goal; one token each.
+        goal: The feature that says what to do.
+        seed: Of the weights.
+        **options: Other fields of `ModeConfig`.
+    """
+    keys = [*observation] if goal is None else [goal, *observation]
+    config = ModeConfig(
+        observation={key: episodes.feature(key) for key in keys},
+        action=episodes.feature("action"),
+        goal=goal,
+        **{"fps": episodes.fps, **options},
+    )
+    modes = {key: config.normalization_mode(key) for key in (*keys, "action")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ModePolicy(config, Normalizer.fit(episodes.stats(), modes))
 
 
 class ModePolicy(nn.Module):

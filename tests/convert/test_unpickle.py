@@ -30,7 +30,7 @@ _values = st.recursive(
 
 
 @given(value=_values, protocol=st.integers(0, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_plain_values_come_out_as_they_went_in(value, protocol):
     assert unpickle(pickle.dumps(value, protocol)) == value
 
@@ -229,7 +229,7 @@ _SEED = pickle.dumps(
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_damaged_pickles_give_an_error_or_a_value_and_nothing_else(data):
     damaged = bytearray(_SEED)
     for _ in range(data.draw(st.integers(1, 4))):

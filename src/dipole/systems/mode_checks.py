@@ -1,4 +1,4 @@
-"""The exact properties of MoDE (spec a 3e): fusing changes nothing, routing sees the level alone, no cache goes stale."""
+"""The exact properties of MoDE (spec a 3e): fusing is exact, routing sees the level alone, no cache goes stale."""
 
 from __future__ import annotations
 

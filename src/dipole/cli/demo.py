@@ -215,11 +215,19 @@ def _summary(args: Args, seconds: float) -> None:
                 f"dipole report {args.out}",
             ],
             "data": {"demonstrations": f"{args.episodes} by a scripted expert, noise {args.noise} on its actions"},
-            "training": {"time": f"{args.minutes} minutes"},
+            "training": _training_facts(args),
             "total_seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%d %H:%M"),
         },
     )
+
+
+def _training_facts(args: Args) -> dict[str, Any]:
+    from dipole.serialization import read_json
+    from dipole.training.record import RECORD
+
+    plan = read_json(args.out / RECORD)["plan"]
+    return {"time asked for": f"{args.minutes} minutes", "updates": plan["steps"], "precision": plan["precision"]}
 
 
 def _print(args: Args, page: Path) -> None:

@@ -256,5 +256,5 @@ def _print(result: TrainResult, options: Mapping[str, Any], as_json: bool) -> No
         f"loss {result.loss:.4g}{held_out} -> {result.out}"
     )
     if result.best is not None:
-        print(f"best checkpoint: update {result.best.step}, {result.best.metric} {result.best.value:.4g}")
+        print(f"best checkpoint: update {result.best.step}, score {result.best.score:.4g}")
     print(f"next:  {command}")

@@ -147,7 +147,7 @@ class SamplerConfig:
 
     def build(self) -> Kernel | Solver:
         """Return the kernel or solver."""
-        noise = {} if self.eta is None else {"eta": self.eta}
+        noise: dict[str, Any] = {} if self.eta is None else {"eta": self.eta}
         makers: dict[str, Any] = {
             "ddim": lambda: DDIM(clip=self.clip, **noise),
             "ddpm": lambda: DDPM(clip=self.clip),

@@ -92,7 +92,8 @@ class DiffusionPolicy(nn.Module):
 
     def encode(self, obs: Observation, generator: Generator | None = None) -> dict[str, Tensor]:
         """Return the conditioning for raw observations `[B, To, ...]` (`generator`: for random crops in training)."""
-        return self.encoder(obs, self.normalizer, generator)
+        cond: dict[str, Tensor] = self.encoder(obs, self.normalizer, generator)
+        return cond
 
     def loss(self, batch: dict[str, Tensor], generator: Generator | None = None) -> Tensor:
         """Return the denoising loss of a batch of windows.

@@ -138,7 +138,7 @@ def _config(policy: DiffusionPolicy, features: dict[str, dict[str, Any]], modes:
 
 
 def _vision(config: PolicyConfig) -> dict[str, Any]:
-    vision = config.vision if config.images else {"name": "resnet18"}
+    vision: dict[str, Any] | None = config.vision if config.images else {"name": "resnet18"}
     if vision is None or not vision["name"].startswith("resnet"):
         raise _cannot(f"the image encoder '{vision and vision['name']}'", "train with vision 'resnet18'")
     resize, crop = vision.get("resize_shape"), vision.get("crop_shape")

@@ -2,7 +2,7 @@
 
     fit(policy, windows, held_out, config, out)
 
-writes `RUN/train.json`, `metrics.jsonl`, `checkpoints/best`, `checkpoints/last` (policy folders with EMA weights) and
+writes `RUN/train.json`, `metrics.jsonl`, `checkpoints/last` (a policy folder with EMA weights), `checkpoints/best` and
 `training_state/`. A resumed run on one CPU process ends with the very weights of an uninterrupted one.
 """
 
@@ -206,12 +206,10 @@ class Trainer:
         if self.measure is not None and is_due(self.step, self.plan.steps, self._val_every):
             val_loss = self.val_loss = self.measure(self.updater.ema.module)
             self.trackers.log(self.step, {"val_loss": val_loss})
-            if self.evaluate is None:
-                self._consider(Best("val_loss", val_loss, self.step))
         if self.evaluate is not None and is_due(self.step, self.plan.steps, self._eval_every):
             figures = self.evaluate(self.updater.ema.module)
             self.trackers.log(self.step, {f"eval/{name}": value for name, value in figures.items()})
-            self._consider(Best("score", figures["score"], self.step))
+            self._consider(Best(figures["score"], self.step))
         if last or self._save_due():
             self._save()
 
@@ -260,7 +258,7 @@ class Trainer:
         self._logged_at, self._logged_step, self._waited = now, self.step, loader.waited
 
     def _consider(self, candidate: Best) -> None:
-        if self.best is None or candidate.beats(self.best):
+        if self.best is None or candidate.score > self.best.score:
             self.best = candidate
             save_policy(self.updater.ema.module, self.out / "checkpoints" / "best")
 
@@ -284,7 +282,7 @@ class Trainer:
             "ema_updates": updater.ema.updates,
             "loss": self.loss,
             "val_loss": self.val_loss,
-            "best": None if self.best is None else [self.best.metric, self.best.value, self.best.step],
+            "best": None if self.best is None else [self.best.score, self.best.step],
         }
         save_state(self.out / "training_state", self.step, tensors, values)
         self._saved_at = time.monotonic()

@@ -14,15 +14,14 @@ Evaluate = Callable[[Any], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint so far: by the largest `score` in the environment if there is one, else `val_loss`."""
+    """The checkpoint with the largest score in the environment so far.
 
-    metric: str
-    value: float
+    The held-out loss does not choose: it starts to rise long before success falls. On human PushT demonstrations the
+    checkpoint of lowest held-out loss (update 2723 of 7796) scored 0.88 and the last one 0.93 over 200 episodes.
+    """
+
+    score: float
     step: int
-
-    def beats(self, other: Best) -> bool:
-        """Return whether this is better than `other`, measured the same way."""
-        return self.value > other.value if self.metric == "score" else self.value < other.value
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class TrainResult:
         seconds: Time they took, over all resumptions.
         loss: Mean training loss of the last log interval.
         val_loss: Last held-out loss; None without held-out episodes.
-        best: The best checkpoint; None if nothing was measured.
+        best: The best checkpoint; None without evaluation in an environment.
         samples_per_s: Windows per second of this call, everything included.
         precision: Precision used.
         resumed_from: Update this call started at.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _scheduler(policy: DiffusionPolicy) -> dict[str, Any]:
     plain = sampler.name in ("ddim", "euler") and (sampler.name == "euler" or not sampler.eta)
     if not plain and sampler.name != "ddpm":
         raise _cannot(f"the sampler '{sampler.name}' with eta {sampler.eta}", "choose ddim (eta 0) or ddpm")
-    leading = policy.process.levels(sampler.num_steps, "leading")
+    leading = replace(sampler, spacing="leading").levels(policy.process)
     if not torch.equal(sampler.levels(policy.process), leading):
         raise _cannot(
             f"the spacing '{sampler.spacing or 'trailing'}' of {sampler.num_steps} steps",

@@ -364,3 +364,17 @@ def test_gradients_reach_the_denoised_sample_even_after_inference_mode():
 def test_unusable_kernels_say_so():
     with pytest.raises(ValueError, match="FlowSDE needs a Flow process, not EDM"):
         FlowSDE().step(*batch(), 2.0, 1.0, EDM())
+
+
+@pytest.mark.parametrize(("process", "kernel"), COMBINATIONS)
+def test_coefficients_are_float64_however_levels_are_told(process, kernel):
+    t, s = inner_levels(process)
+    told = torch.tensor(t, dtype=F64), torch.tensor(s, dtype=F64)
+    exact = kernel.coefficients(process, *told)
+    # a level rounded to float32 would move coefficients by 1e-8 and more
+    for pair in ((t, s), (told[0], s), (t, told[1])):
+        for got, wanted in zip(kernel.coefficients(process, *pair), exact, strict=True):
+            assert got.dtype == F64
+            assert torch.equal(got, wanted)
+    x, x0 = batch()
+    assert torch.equal(kernel.step(x, x0, told[0].expand(4), s, process).mean, kernel.step(x, x0, t, s, process).mean)

@@ -1,0 +1,87 @@
+"""Training speed, dipole against LeRobot: same data, same U-Net, same batch, on this machine's CPU.
+
+    python benchmarks/training_speed.py --peer-python PATH_TO_A_PYTHON_WITH_LEROBOT_0.4
+
+Both train a 1-D U-Net (64, 128, 256) on random state demonstrations written as one LeRobotDataset v3.0, batch 64, and
+count windows per second of the whole loop (loading, forward, backward, optimizer). LeRobot runs as its trainer does on
+a CPU (fp32, data loader workers); dipole with its defaults (it chooses bf16 where that is measured to be faster) and,
+for the part that is not precision, in fp32 as well. They run one after the other, never at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+DOWN_DIMS = [64, 128, 256]
+BATCH, SECONDS = 64, 20.0
+PEER = Path(__file__).parent / "peers" / "lerobot_training_speed.py"
+
+
+def run(peer_python: str | None = None) -> dict[str, Any]:
+    """Return windows per second of both (`ours`, `peer`), their ratio, and ours in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        write_data(data)
+        peer = None if peer_python is None else peer_speed(peer_python, data)
+        ours = {precision: our_speed(data, Path(folder) / precision, precision) for precision in ("auto", "fp32")}
+    return {
+        "name": "training_speed",
+        "ours": ours["auto"],
+        "ours_fp32": ours["fp32"],
+        "peer": peer,
+        "ratio": None if peer is None else ours["auto"] / peer,
+        "unit": "windows/s",
+        "target": "ratio >= 5",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_data(folder: Path) -> None:
+    """Write 50 episodes of 200 frames, as large as PushT's states."""
+    from dipole.data import Episodes, Feature
+    from dipole.data.formats import lerobot
+
+    rng = np.random.default_rng(0)
+    sizes = {"observation.state": 2, "observation.environment_state": 16, "action": 2}
+    features = {key: Feature("float32", (size,)) for key, size in sizes.items()}
+    episodes = [{key: rng.random((200, size), dtype=np.float32) for key, size in sizes.items()} for _ in range(50)]
+    lerobot.write(Episodes.from_list(episodes, features, 10.0, ()), folder)
+
+
+def our_speed(data: Path, out: Path, precision: Any) -> float:
+    """Return dipole's windows per second."""
+    from dipole.data import load
+    from dipole.policies import make_config, make_policy
+    from dipole.training import TrainConfig, train
+
+    episodes = load(data)
+    policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": DOWN_DIMS}), episodes)
+    config = TrainConfig(
+        steps=None, minutes=SECONDS / 60, batch_size=BATCH, precision=precision, val_fraction=0.0, save_every=10**9
+    )
+    return train(policy, episodes, config, out, progress=False).samples_per_s
+
+
+def peer_speed(python: str, data: Path) -> float:
+    """Return LeRobot's windows per second."""
+    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(DOWN_DIMS)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"the peer failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.strip().splitlines()[-1])["windows_per_s"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python")
+    print(json.dumps(run(parser.parse_args().peer_python), indent=1))

@@ -2,10 +2,10 @@
 
     python benchmarks/peers/lerobot_reads_our_v21.py --peer-python PATH_TO_A_PYTHON_WITH_LEROBOT_0.3
 
-Converts the golden v3.0 set of the tests (numbers, PNG, AV1 video, tasks) to v2.1, lets the other Python read every frame
-with `LeRobotDataset`, and compares with what dipole reads from the v3.0 set: all must be equal, the video up to the
-rounding of two decoders. Without torchvision in the other Python, its two uses (ToTensor, decoding) are replaced by a few
-lines around PyAV, and the result says so.
+Converts the golden v3.0 set of the tests (numbers, PNG, AV1 video, tasks) to v2.1, lets the other Python read every
+frame with `LeRobotDataset`, and compares with what dipole reads from the v3.0 set: all must be equal, the video up to
+the rounding of two decoders. Without torchvision in the other Python, its two uses (ToTensor, decoding) are replaced by
+a few lines around PyAV, and the result says so.
 """
 
 from __future__ import annotations

@@ -109,6 +109,30 @@ def _read(path: Path) -> pa.Table:
     return table
 
 
+def with_list_type(table: pa.Table, name: str) -> pa.Table:
+    """Return a table whose notes for the `datasets` package call lists `name`.
+
+    `Sequence` is known to all its versions but was replaced by `List` in 4.0; LeRobot before 0.4 needs a version before
+    that, which refuses a table with a `List`.
+    """
+    notes = dict(table.schema.metadata or {})
+    try:
+        value = json.loads(notes[b"huggingface"])
+    except (KeyError, ValueError, RecursionError):
+        return table
+    notes[b"huggingface"] = json.dumps(_renamed(value, name)).encode()
+    return table.replace_schema_metadata(notes)
+
+
+def _renamed(value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return [_renamed(item, name) for item in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {key: _renamed(item, name) for key, item in value.items()}
+    return renamed | ({"_type": name} if value.get("_type") in ("List", "Sequence") else {})
+
+
 def common_info(source: Source) -> dict[str, Any]:
     """Return the entries of `info.json` that all versions share, and those that none knows."""
     specific = {"total_videos", "total_chunks", "chunks_size", "data_files_size_in_mb", "video_files_size_in_mb"}

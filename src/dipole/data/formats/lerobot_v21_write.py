@@ -75,7 +75,7 @@ def _write_episodes(source: Source, root: Path, report: Report) -> list[dict[str
     listing = []
     for number, entry, table in lerobot_convert.rows(source):
         with create(root / _place(DATA_PATH, number)) as sink:
-            pq.write_table(table, sink, compression="snappy")
+            pq.write_table(lerobot_convert.with_list_type(table, "Sequence"), sink, compression="snappy")
         for key, (video, start) in entry.videos.items():
             target = root / _place(VIDEO_PATH, number, key)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -60,10 +60,11 @@ def _write_tables(source: Source, root: Path) -> Columns:
     columns: Columns = {"episode_index": list(range(len(lengths))), "tasks": [], "length": lengths}
     files: list[int] = []
     _, _, first = next(lerobot_convert.rows(source))
-    with Tables(root, first.schema) as tables:
+    schema = lerobot_convert.with_list_type(first, "List").schema
+    with Tables(root, schema) as tables:
         for _, entry, table in lerobot_convert.rows(source):
             columns["tasks"].append(lerobot_convert.episode_tasks(source, table))
-            files.append(tables.write(_cast(table, first.schema, entry.data)))
+            files.append(tables.write(_cast(table, schema, entry.data)))
     ends = list(accumulate(lengths))
     return columns | {
         "data/chunk_index": [file // FILES_PER_CHUNK for file in files],

@@ -185,6 +185,8 @@ def fuzz(target: str, first: int, seconds: float) -> dict[str, object]:
             lines = journal.read_text().splitlines() if journal.is_file() else []
             findings += [line.removeprefix("finding ") for line in lines if line.startswith("finding")]
             tried = [int(line) for line in lines if not line.startswith("finding")]
+            if not tried and process.returncode == 0:
+                break  # the time was up before it had started
             if not tried:
                 raise SystemExit(f"{target}: the worker did not start: {process.stderr.read()}")
             if stuck:

@@ -11,7 +11,6 @@ OUT/source.json               framework, file, which weights were taken, what wa
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from dipole.convert.tree import TensorName, plain
+from dipole.data.formats.files import atomic_folder
 from dipole.errors import DipoleError
 
 
@@ -40,31 +40,23 @@ class Converted:
     source: dict[str, Any] = field(default_factory=dict)
 
     def write(self, out: Path) -> None:
-        """Write the folder `out`, which must not exist yet (complete, or not at all).
+        """Write the folder `out`, which must not exist yet, or be empty (complete, or not at all).
 
         Raises:
             DipoleError: `out` exists, or there are no weights.
         """
         from safetensors.torch import save_file
 
-        if out.exists():
-            raise DipoleError(f"'{out}' exists: give a new folder")
         if not self.weights:
             raise DipoleError("the checkpoint has no weights to convert")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.with_name(f".{out.name}-{os.getpid()}")
-        folder.mkdir()
-        try:
-            save_file(_separate(self.weights), folder / "model.safetensors")
-            if self.normalizer:
-                save_file(_separate(self.normalizer), folder / "normalizer.safetensors")
+        with atomic_folder(out) as folder:
             for name, value in (("config.json", self.config), ("source.json", self.source)):
                 (folder / name).write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            for file in folder.glob("*.safetensors"):
-                shutil.copymode(folder / "config.json", file)
-            folder.rename(out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for name, tensors in (("model", self.weights), ("normalizer", self.normalizer)):
+                if tensors:
+                    save_file(_separate(tensors), folder / f"{name}.safetensors")
+                    # safetensors makes private files; these get the permissions of any other.
+                    shutil.copymode(folder / "config.json", folder / f"{name}.safetensors")
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

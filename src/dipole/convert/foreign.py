@@ -81,8 +81,10 @@ def read_foreign(path: Path, memory_gib: float = 6.0, cpu_seconds: int = 600) ->
 def _run_child(path: Path, folder: Path, limits: Limits) -> None:
     root = Path(__file__).resolve().parents[2]
     words = [sys.executable, "-I", "-c", _BOOTSTRAP, str(root), str(path), str(folder), json.dumps(asdict(limits))]
-    # One thread: a pool's stacks would eat the address space. Nothing else of our environment goes along.
+    # One thread: a pool's stacks would eat the address space. Of our environment only the way to libraries goes along.
     environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": os.defpath}
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     try:
         done = subprocess.run(
             words,

@@ -117,13 +117,12 @@ def test_guidance_by_a_policy(power, target, exact, chain):
         mean, cov = propagate(guided, process, process.levels(64), Heun(), (1,))
         return float(mean), float(cov)
 
+    guided = moments(denoiser.label_score(policy), "x_t")
+    through = moments(gradient_of(policy.log_prob), "x0+chain")
     # the exact hook is the tilted density, up to 64 steps of Heun from a finite sigma_max
-    assert moments(denoiser.label_score(policy), "x_t") == pytest.approx(target, rel=0.02)
+    assert guided == pytest.approx(target, rel=0.02)
     # printed values are from 20 000 samples: three standard errors are .02 sqrt(var) and .03 var
-    for got, printed in (
-        (moments(denoiser.label_score(policy), "x_t"), exact),
-        (moments(gradient_of(policy.log_prob), "x0+chain"), chain),
-    ):
+    for got, printed in ((guided, exact), (through, chain)):
         assert got[0] == pytest.approx(printed[0], abs=0.022 * got[1] ** 0.5)
         assert got[1] == pytest.approx(printed[1], abs=0.03 * got[1])
 

@@ -6,7 +6,7 @@
 
 Each execution damages one file of a small real dataset (bytes flipped, numbers replaced by extreme ones, pieces cut
 out, repeated or swapped, the end cut off), reads it in a worker process with 4 GiB of address space, and passes when
-the reader returns or raises `DipoleError`. Any other exception, a crash of the process, or more than 20 s is a finding.
+the reader returns or raises `DipoleError`. Any other exception, a crash of the process, or more than 60 s is a finding.
 Executions and findings per target go to `benchmarks/results/fuzz_readers.json` (`--out`), added to what is there.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "tests" / "convert" / "fixtures" / "diffusion_policy.ckpt"
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 MEMORY = 4 * 2**30
 _EXTREME = [0, 1, 2, 7, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
 
@@ -194,7 +195,15 @@ def fuzz(target: str, first: int, seconds: float) -> dict[str, object]:
             elif process.returncode:
                 findings.append(f"{tried[-1]} crashes the process: status {process.returncode}")
             seed = tried[-1] + 1
-    return {"executions": seed - first, "first_seed": first, "findings": findings}
+    return {"executions": seed - first, "first_seed": first, "findings": _grouped(findings)}
+
+
+def _grouped(findings: list[str]) -> list[str]:
+    """Return one line per kind of finding: how many, and the first one with its seed."""
+    kinds: dict[str, list[str]] = {}
+    for finding in findings:
+        kinds.setdefault(re.sub(r"[\d'\"<].*", "", finding.partition(" ")[2]), []).append(finding)
+    return [f"{len(group)} times, first seed {group[0]}" for group in kinds.values()]
 
 
 def _watch(process: subprocess.Popen[str], journal: Path) -> bool:

@@ -1,0 +1,80 @@
+"""What computes a policy's network: eager torch, torch.compile, ... A back end never changes weights or state keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+
+from dipole.errors import DipoleError, unknown
+
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def prepare(policy: Any, backend: str = "eager", precision: str = "fp32") -> Any:
+    """Return a policy whose network is computed by `backend`; weights are shared, `policy` stays as it is.
+
+    Args:
+        policy: A policy module with `network`.
+        backend: A name of `BACKENDS`.
+        precision: `fp32`, `bf16` or `int8`; not every back end has every one.
+
+    Raises:
+        DipoleError: Unknown back end or precision, or a pair that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise unknown("back end", backend, BACKENDS)
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if backend == "eager" and precision == "fp32":
+        return policy
+    if not isinstance(getattr(policy, "network", None), nn.Module):
+        raise DipoleError(f"back end '{backend}': the policy has no network of its own to hand to it")
+    return BACKENDS[backend](policy, precision)
+
+
+def _eager(policy: Any, precision: str) -> Any:
+    return with_network(policy, _cast(policy.network, precision, "eager"))
+
+
+def _compile(policy: Any, precision: str) -> Any:
+    network = _cast(policy.network, precision, "compile")
+    network.compile(dynamic=False)
+    return with_network(policy, network)
+
+
+def _cast(network: nn.Module, precision: str, backend: str) -> nn.Module:
+    """Return a shallow copy of a network (same parameters) that computes in `precision`."""
+    if precision == "int8":
+        raise DipoleError(f"back end '{backend}' has no int8: use fp32 or bf16, or the back end 'packed'")
+    network = copy.copy(network)
+    if precision == "bf16":
+        # An instance's own `forward` comes before its class's, and is no part of the state dict.
+        network.forward = _autocast(network.forward)  # type: ignore[method-assign]
+    return network
+
+
+def _autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def cast(x: Any, *args: Any, **options: Any) -> Any:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x, *args, **options)
+
+    return cast
+
+
+def with_network(policy: Any, network: nn.Module) -> Any:
+    """Return a shallow copy of a policy with another network in it."""
+    other = copy.copy(policy)
+    # A shallow copy shares the table of submodules: without a table of its own, the old policy would change as well.
+    other._modules = dict(policy._modules)
+    other.network = network
+    return other
+
+
+BACKENDS: dict[str, Callable[[Any, str], Any]] = {"eager": _eager, "compile": _compile}
+"""Name -> `(policy, precision) -> policy`."""

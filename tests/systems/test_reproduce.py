@@ -1,6 +1,8 @@
 """The registry of systems, the run folder, the results file and the two commands."""
 
 import json
+import operator
+import os
 import sys
 import types
 
@@ -155,3 +157,18 @@ def test_without_matplotlib_there_are_no_plots_and_no_failure(tmp_path, monkeypa
         axes.set_xlabel("x")
     assert run.plots == []
     assert "dipole[report]" in lines[0]
+
+
+def test_a_grid_runs_in_processes_and_keeps_what_is_finished(tmp_path):
+    expected = {"ab": ["ab", "abab"], "c": ["c", "cc"]}
+    lines = []
+    run = Run(tmp_path, lines.append)
+    assert run.grid(("ab", "c"), (1, 2), {"length": 3}, operator.mul) == expected
+    assert lines[0] == f"4 of 4 parts to compute, {min(4, os.cpu_count())} at a time"
+    (tmp_path / "parts" / "c-2.json").unlink()
+    lines.clear()
+    again = Run(tmp_path, lines.append)
+    assert again.grid(("ab", "c"), (1, 2), {"length": 3}, operator.mul) == expected
+    assert "1 of 4 parts to compute, 1 at a time" in lines
+    assert again.saved_seconds > 0
+    assert Run(tmp_path).grid(("ab", "c"), (1, 2), {"length": 4}, operator.mul) == expected

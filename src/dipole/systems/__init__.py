@@ -83,7 +83,7 @@ def reproduce(
         tier=tier,
         claims=tuple(claims),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start + run.saved_seconds,
         machine=machine(),
         version=__version__,
         plots=tuple(run.plots),

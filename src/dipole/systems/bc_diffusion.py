@@ -7,7 +7,6 @@ regresses to the demonstrated chunk crashes, the same network trained to denoise
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,11 +144,8 @@ def train_and_play(method: str, seed: int, episodes: int = EPISODES, **training:
 
 def small(run: Run) -> list[Claim]:
     """Train both on three sets of demonstrations and let them drive."""
-    parts: dict[str, list[dict[str, float]]] = {"diffusion": [], "regression": []}
-    for seed in SEEDS:
-        for method, results in parts.items():
-            config = {"network": full_config(NETWORK), "training": TRAINING, "episodes": EPISODES, "seed": seed}
-            results.append(run.part(f"{method}-{seed}", config, partial(train_and_play, method, seed)))
+    settings = {"network": full_config(NETWORK), "training": TRAINING, "episodes": EPISODES}
+    parts = run.grid(("diffusion", "regression"), SEEDS, settings, train_and_play)
     diffusion, regression = ([part["success"] for part in parts[name]] for name in parts)
     fast = [part["success_ddim16"] for part in parts["diffusion"]]
     right = [part["right"] for part in parts["diffusion"]]

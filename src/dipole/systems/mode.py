@@ -49,7 +49,7 @@ ENV = "micro/multi8"
 FEATURES = ("observation.language", "observation.static", "observation.wrist")
 SEEDS = (0, 1, 2)
 DEMONSTRATIONS, HELD_OUT, EPISODES = 3000, 100, 200
-SIZE: dict[str, Any] = {"embed_dim": 64, "num_layers": 2, "num_heads": 4}
+SIZE: dict[str, Any] = {"embed_dim": 64, "num_layers": 4, "num_heads": 4}
 QUIET: dict[str, Any] = {"attention_dropout": 0.0, "residual_dropout": 0.0, "expert_dropout": 0.0}
 NETWORKS = {
     "mixture": MoDEConfig(**SIZE, **QUIET, num_experts=4, top_k=2),
@@ -127,13 +127,12 @@ def latency(network: str) -> dict[str, float]:
 
 def small(run: Run) -> list[Claim]:
     """Train the mixture and two dense networks on the same demonstrations, time them, let them act."""
-    settings = {"training": TRAINING, "data": [DEMONSTRATIONS, HELD_OUT, EPISODES]}
-    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in NETWORKS}
-    for seed in SEEDS:
-        for name, results in parts.items():
-            config = {"network": to_dict(NETWORKS[name]), "seed": seed, **settings}
-            file = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            results.append(run.part(file, config, partial(train_and_play, name, seed)))
+    settings = {
+        "networks": {name: to_dict(network) for name, network in NETWORKS.items()},
+        "training": TRAINING,
+        "data": [DEMONSTRATIONS, HELD_OUT, EPISODES],
+    }
+    parts = run.grid(tuple(NETWORKS), SEEDS, settings, train_and_play)
     times = {
         name: run.part(f"latency-{i}", {"network": name}, partial(latency, name)) for i, name in enumerate(NETWORKS)
     }

@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from dipole.errors import MissingExtraError
 from dipole.serialization import read_json, write_json
 
 Progress = Callable[[str], None]
+Job = tuple[str, dict[str, Any], Callable[[], Any]]
 
 
 def silent(message: str) -> None:
@@ -32,12 +38,14 @@ class Run:
         progress: Called with one line whenever a part starts or is found finished.
         fresh: Compute everything again.
         plots: Names of the plots written so far.
+        saved_seconds: How long the parts found finished had taken.
     """
 
     out: Path
     progress: Progress = silent
     fresh: bool = False
     plots: list[str] = field(default_factory=list)
+    saved_seconds: float = 0.0
 
     def part(self, name: str, config: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """Return the JSON-able result of `compute()`, from the run folder if it was finished there before.
@@ -50,16 +58,76 @@ class Run:
             config: Everything the result depends on, JSON-able.
             compute: The work.
         """
-        path = self.out / "parts" / f"{name}.json"
-        key = _key(name, config, compute)
-        if not self.fresh and path.is_file():
-            saved = read_json(path)
-            if saved.get("key") == key:
-                self.progress(f"{name}: finished earlier")
-                return saved["result"]
+        found, result = self._finished(name, config, compute)
+        if found:
+            return result
         self.progress(name)
-        result = json.loads(json.dumps(compute()))
-        write_json(path, {"key": key, "config": config, "result": result})
+        began = time.perf_counter()
+        return self._keep(name, config, compute, compute(), time.perf_counter() - began)
+
+    def parts(self, jobs: Sequence[Job], workers: int | None = None) -> list[Any]:
+        """Return the results of several parts in their order; parts run at the same time, one process and thread each.
+
+        Args:
+            jobs: `(name, config, compute)` as for `part`; `compute` a module's function or a `partial` of one.
+            workers: Processes; default one per core. What runs in them does not depend on their number.
+        """
+        results: dict[int, Any] = {}
+        for index, job in enumerate(jobs):
+            found, result = self._finished(*job)
+            if found:
+                results[index] = result
+        missing = [index for index in range(len(jobs)) if index not in results]
+        if not missing:
+            return [results[index] for index in range(len(jobs))]
+        count = min(len(missing), workers or os.cpu_count() or 1)
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+            futures = {pool.submit(_timed, jobs[index][2]): index for index in missing}
+            self.progress(f"{len(missing)} of {len(jobs)} parts to compute, {count} at a time")
+            for done, future in enumerate(as_completed(futures), 1):
+                index = futures[future]
+                result, seconds = future.result()
+                results[index] = self._keep(*jobs[index], result, seconds)
+                self.progress(f"{jobs[index][0]}: {seconds:.0f} s ({done} of {len(missing)})")
+        return [results[index] for index in range(len(jobs))]
+
+    def grid(
+        self, names: Sequence[str], seeds: Sequence[int], settings: dict[str, Any], compute: Callable[[str, int], Any]
+    ) -> dict[str, list[Any]]:
+        """Return, for each name, the results of `compute(name, seed)` over the seeds; see `parts`.
+
+        Args:
+            names: What is compared.
+            seeds: Training seeds.
+            settings: Everything else the results depend on, JSON-able.
+            compute: A function of a module.
+        """
+        jobs: list[Job] = [
+            (_slug(f"{name}-{seed}"), {"name": name, "seed": seed, **settings}, partial(compute, name, seed))
+            for seed in seeds
+            for name in names
+        ]
+        results = self.parts(jobs)
+        return {name: results[index :: len(names)] for index, name in enumerate(names)}
+
+    def _path(self, name: str) -> Path:
+        return self.out / "parts" / f"{name}.json"
+
+    def _finished(self, name: str, config: dict[str, Any], compute: Callable[[], Any]) -> tuple[bool, Any]:
+        path = self._path(name)
+        if self.fresh or not path.is_file():
+            return False, None
+        saved = read_json(path)
+        if saved.get("key") != _key(name, config, compute):
+            return False, None
+        self.progress(f"{name}: finished earlier")
+        self.saved_seconds += float(saved.get("seconds", 0.0))
+        return True, saved["result"]
+
+    def _keep(self, name: str, config: dict[str, Any], compute: Any, result: Any, seconds: float) -> Any:
+        result = json.loads(json.dumps(result))
+        key = _key(name, config, compute)
+        write_json(self._path(name), {"key": key, "config": config, "seconds": seconds, "result": result})
         return result
 
     @contextmanager
@@ -77,6 +145,21 @@ class Run:
         figure.savefig(temporary, dpi=120, bbox_inches="tight")
         temporary.replace(self.out / f"{name}.png")
         self.plots.append(f"{name}.png")
+
+
+def _slug(text: str) -> str:
+    return text.replace(", ", "-").replace(" ", "-")
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return compute(), time.perf_counter() - began
 
 
 class _NoAxes:

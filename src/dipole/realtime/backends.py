@@ -47,10 +47,23 @@ def _compile(policy: Any, precision: str) -> Any:
     return with_network(policy, network)
 
 
+def _packed(policy: Any, precision: str) -> Any:
+    from dipole.realtime.packed import check, pack
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise DipoleError(f"back end 'packed' has no {precision}: use fp32 or bf16")
+    packed = pack(policy.network, dtypes[precision])
+    generator = torch.Generator().manual_seed(0)
+    cond = {key: torch.randn((1, *size), generator=generator) for key, size in policy.encoder.cond_dims.items()}
+    check(packed, policy.network, dtypes[precision], (1, policy.pred_horizon, policy.action_dim), cond)
+    return with_network(policy, packed)
+
+
 def _cast(network: nn.Module, precision: str, backend: str) -> nn.Module:
     """Return a shallow copy of a network (same parameters) that computes in `precision`."""
     if precision == "int8":
-        raise DipoleError(f"back end '{backend}' has no int8: use fp32 or bf16, or the back end 'packed'")
+        raise DipoleError(f"back end '{backend}' has no {precision}: use fp32 or bf16")
     network = copy.copy(network)
     if precision == "bf16":
         # An instance's own `forward` comes before its class's, and is no part of the state dict.
@@ -76,5 +89,5 @@ def with_network(policy: Any, network: nn.Module) -> Any:
     return other
 
 
-BACKENDS: dict[str, Callable[[Any, str], Any]] = {"eager": _eager, "compile": _compile}
+BACKENDS: dict[str, Callable[[Any, str], Any]] = {"eager": _eager, "compile": _compile, "packed": _packed}
 """Name -> `(policy, precision) -> policy`."""

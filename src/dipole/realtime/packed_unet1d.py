@@ -81,10 +81,10 @@ class Block:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `[B, T, out]` from `[B, T, in]`."""
-        # [B, C, T, 1] over memory of [B, T, C] is what torch calls channels last, for which it has a group norm.
-        h = self.conv(x).transpose(1, 2).unsqueeze(-1)
+        # [B, C, 1, T] over memory of [B, T, C] is what torch calls channels last, for which it has a group norm.
+        h = self.conv(x).transpose(1, 2).unsqueeze(2)
         h = F.group_norm(h, self.groups, self.weight, self.bias, self.eps)
-        return F.mish(h.squeeze(-1).transpose(1, 2))
+        return F.mish(h.squeeze(2).transpose(1, 2))
 
 
 class Residual:

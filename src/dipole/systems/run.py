@@ -38,7 +38,7 @@ class Run:
         progress: Called with one line whenever a part starts or is found finished.
         fresh: Compute everything again.
         plots: Names of the plots written so far.
-        saved_seconds: How long the parts found finished had taken.
+        saved_seconds: How long the parts found finished had taken; of parts that ran side by side, their share.
     """
 
     out: Path
@@ -87,7 +87,7 @@ class Run:
             for done, future in enumerate(as_completed(futures), 1):
                 index = futures[future]
                 result, seconds = future.result()
-                results[index] = self._keep(*jobs[index], result, seconds)
+                results[index] = self._keep(*jobs[index], result, seconds / count)
                 self.progress(f"{jobs[index][0]}: {seconds:.0f} s ({done} of {len(missing)})")
         return [results[index] for index in range(len(jobs))]
 

@@ -16,6 +16,8 @@ COMMANDS = {
     "train": "train a diffusion or flow policy on demonstrations",
     "eval": "evaluate a policy on unseen seeds, with intervals",
     "compare": "compare two policies on the same seeds",
+    "serve": "serve policies to robots over the network",
+    "limits": "find the limits a dataset's actions keep, for the guard",
     "report": "write a run's report page",
     "reproduce": "rerun a published claim: baseline against method",
     "import": "take over a policy of LeRobot",

@@ -1,0 +1,161 @@
+"""Dynamic batching: requests of several clients are answered by one call of the policy.
+
+While a call runs, requests gather. When the worker is free, the batcher goes at once if every session that has been
+active lately is waiting, else it waits for the others, but never longer than the budget. So a lone client pays nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+from dipole.serving.inference import Row
+from dipole.serving.protocol import Refusal
+
+Call = Callable[[Sequence[Row]], list[Any]]
+
+
+@dataclass
+class Pending:
+    """A request that waits.
+
+    Attributes:
+        row: What to call the policy with.
+        future: Gets the answer.
+        arrived: When it came, by the monotonic clock.
+        deadline: Until when the call must begin, or None.
+    """
+
+    row: Row
+    future: asyncio.Future[Any]
+    arrived: float
+    deadline: float | None = None
+
+
+class Batcher:
+    """Gathers requests for one model and calls it.
+
+    Attributes:
+        queue: Requests that wait.
+        busy_since: When the call under way began, or None.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        executor: Executor,
+        *,
+        max_batch: int,
+        budget_s: float,
+        capacity: int,
+        others: Callable[[], int] = lambda: 1,
+        observe: Callable[[int, float], None] = lambda rows, seconds: None,
+    ) -> None:
+        """Make a batcher; `run` must be started as a task.
+
+        Args:
+            call: Answers rows, in the worker thread.
+            executor: The worker.
+            max_batch: Most rows per call.
+            budget_s: Longest wait for other clients.
+            capacity: Most requests that may wait.
+            others: Returns how many sessions may be about to ask.
+            observe: Told the size and duration of each call.
+        """
+        self._call, self._executor = call, executor
+        self._max_batch, self._budget, self._capacity = max_batch, budget_s, capacity
+        self._others, self._observe = others, observe
+        self._arrival = asyncio.Event()
+        self._call_s = 0.05  # moving average of a call's duration, for the advice given with `busy`
+        self.queue: deque[Pending] = deque()
+        self.busy_since: float | None = None
+
+    async def submit(self, row: Row, deadline: float | None = None) -> Any:
+        """Return the answer for a row.
+
+        Raises:
+            Refusal: Too many requests wait already, the deadline passes first, or the call failed.
+        """
+        if len(self.queue) >= self._capacity:
+            calls = 1 + len(self.queue) / self._max_batch
+            raise Refusal("busy", "too many requests are waiting: try again later", 1000 * calls * self._call_s)
+        pending = Pending(row, asyncio.get_running_loop().create_future(), time.monotonic(), deadline)
+        self.queue.append(pending)
+        self._arrival.set()
+        try:
+            result = await pending.future
+        finally:
+            if not pending.future.done() or pending.future.cancelled():
+                self._forget(pending)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _forget(self, pending: Pending) -> None:
+        if pending in self.queue:
+            self.queue.remove(pending)
+
+    async def run(self) -> None:
+        """Answer requests until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wait_for_company()
+            batch = self._take()
+            if not batch:
+                continue
+            self.busy_since = time.monotonic()
+            try:
+                results = await loop.run_in_executor(self._executor, self._call, [one.row for one in batch])
+            except Exception as error:  # `call` returns errors; this is a fault of the worker itself
+                results = [error] * len(batch)
+            duration = time.monotonic() - self.busy_since
+            self.busy_since = None
+            self._call_s += 0.2 * (duration - self._call_s)
+            self._observe(len(batch), duration)
+            for one, result in zip(batch, results, strict=True):
+                if not one.future.done():
+                    one.future.set_result(result)
+
+    async def _wait_for_company(self) -> None:
+        """Return when a call should begin."""
+        while not self.queue:
+            self._arrival.clear()
+            await self._arrival.wait()
+        leave = self.queue[0].arrived + self._budget
+        while 0 < len(self.queue) < min(self._max_batch, self._others()):
+            remaining = leave - time.monotonic()
+            if remaining <= 0:
+                return
+            self._arrival.clear()
+            try:
+                await asyncio.wait_for(self._arrival.wait(), remaining)
+            except TimeoutError:
+                return
+
+    def _take(self) -> list[Pending]:
+        """Take the next batch off the queue: rows for the same model, of the same types, none too late."""
+        batch: list[Pending] = []
+        rest: list[Pending] = []
+        kind: Any = None
+        now = time.monotonic()
+        while self.queue and len(batch) < self._max_batch:
+            one = self.queue.popleft()
+            if one.future.done():
+                continue
+            if one.deadline is not None and now > one.deadline:
+                one.future.set_result(Refusal("expired", "the deadline passed while the request waited", 0.0))
+                continue
+            types = {key: (value.dtype, value.shape) for key, value in one.row.history.items()}
+            own = (id(one.row.model), types)
+            if kind is None or own == kind:
+                kind = own
+                batch.append(one)
+            else:
+                rest.append(one)
+        self.queue.extendleft(reversed(rest))
+        return batch

@@ -1,0 +1,94 @@
+"""Policies made of another policy and something learnt: what they share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipole.data.features import Feature
+from dipole.data.normalizer import Normalizer
+from dipole.policies.checkpoint import policy_class
+from dipole.policies.config import SamplerConfig
+from dipole.policies.policy import State, reset_rows
+from dipole.serialization import from_dict, to_dict
+
+
+def build_base(base_type: str, values: dict[str, Any], normalizer: Normalizer) -> Any:
+    """Return the wrapped policy that a checkpoint describes."""
+    cls = policy_class(base_type)
+    later = getattr(cls.config_class, "LATER_FIELDS", {})
+    return cls(from_dict(cls.config_class, {**later, **values}, where="config.base"), normalizer)
+
+
+def base_values(policy: Any) -> dict[str, Any]:
+    """Return `base_type` and `base` for the configuration of a wrapper."""
+    return {"base_type": policy.type_name, "base": to_dict(policy.config)}
+
+
+def with_network(policy: Any, network: nn.Module, sampler: SamplerConfig | None = None) -> Any:
+    """Return `policy` with another network (shared, not copied), and another sampler of its own if given."""
+    other = copy.copy(policy)
+    other._modules = {**policy._modules, "network": network}
+    if sampler is not None:
+        other.config = dataclasses.replace(policy.config, sampler=sampler)
+        other.sampler = sampler
+    return other
+
+
+def observation_of(values: dict[str, Any]) -> dict[str, Feature]:
+    """Return the observations in the configuration `values` of a policy."""
+    found = {}
+    for key, value in values["observation"].items():
+        names = value.get("names")
+        found[key] = Feature(value["dtype"], tuple(value["shape"]), None if names is None else tuple(names))
+    return found
+
+
+class Wrapping:
+    """Forwards horizons, normalizer and encoding to `self.base`, a policy without memory."""
+
+    base: Any
+    sampler: SamplerConfig
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """Return the base's statistics."""
+        normalizer: Normalizer = self.base.normalizer
+        return normalizer
+
+    @property
+    def obs_horizon(self) -> int:
+        """Return To."""
+        return int(self.base.obs_horizon)
+
+    @property
+    def pred_horizon(self) -> int:
+        """Return Tp."""
+        return int(self.base.pred_horizon)
+
+    @property
+    def action_horizon(self) -> int:
+        """Return Ta."""
+        return int(self.base.action_horizon)
+
+    @property
+    def action_dim(self) -> int:
+        """Return Da."""
+        return int(self.base.action_dim)
+
+    def initial_state(self, batch: int) -> State:
+        """Return an empty state."""
+        return {}
+
+    def reset(self, state: State, mask: Tensor) -> State:
+        """Return the state with some rows reset."""
+        return reset_rows(state, self.initial_state(len(mask)), mask)
+
+    def features(self, obs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the flattened conditioning `[B, F]`, and the conditioning."""
+        cond = self.base.encode(obs)
+        return torch.cat([value.flatten(1) for value in cond.values()], dim=1), cond

@@ -6,6 +6,9 @@ Examples:
   dipole eval runs/peg --env metaworld/peg-insert-side-v3 --episodes 50
   dipole eval runs/peg --env metaworld/peg-insert-side-v3 --sampler ddim --steps 10 --videos 4
   dipole eval runs/peg --env metaworld/peg-insert-side-v3 --sweep ddim:1 ddim:2 ddim:5 ddim:10
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --method plain
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --latency-ms 80 --jitter 20 --drop 0.02 --execution async-drop
+  dipole eval runs/peg --env metaworld/peg-insert-side-v3 --latency-ms 0,40,80,160 --execution sync,async-drop,rtc
   dipole eval runs/peg/checkpoints/last --env metaworld/peg-insert-side-v3 --json
 """
 
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
+    from dipole.evaluation.delay_sweep import DelayResult
     from dipole.evaluation.evaluate import Evaluation
     from dipole.evaluation.sweep import SamplerResult
 
@@ -36,12 +40,26 @@ class Args:
     """Which block of evaluation seeds: different blocks share no episode with each other or with demonstrations."""
     num_envs: int = 16
     """Environments run at once. Does not change the result."""
+    method: str | None = None
+    """How it is run, with default options, in place of its runtime.json: plain, rti, streaming, chunking, ensemble."""
     sampler: str | None = None
     """Sampler in place of the policy's own, e.g. ddim, euler, dpmpp-2m."""
     steps: int | None = None
     """Denoising steps in place of the policy's own."""
     sweep: tuple[str, ...] = ()
     """Compare these samplers, written name:steps, on the same seeds, and write samplers.json."""
+    latency_ms: str | None = None
+    """Let chunks come this much after their observation, while the world goes on. Several (0,40,80) are compared."""
+    jitter: float = 0.0
+    """Delays are uniform within this many ms of --latency-ms."""
+    drop: float = 0.0
+    """Fraction of requests that are lost."""
+    execution: str | None = None
+    """What the robot does meanwhile: sync (default), async-drop, async-blend, rtc ... Several (sync,rtc) or all."""
+    fallback: Literal["last", "zero"] = "last"
+    """What it does without a planned action: the last one again (for targets), or zero (for velocities and steps)."""
+    timeout_ms: float | None = None
+    """Watchdog: fall back when the newest chunk's observation is this old."""
     videos: int = 0
     """Film this many episodes (the first ones)."""
     max_steps: int | None = None
@@ -61,11 +79,12 @@ def run(args: Args) -> None:
     from dipole.envs import make
     from dipole.evaluation.seeds import episode_seeds, first_seed
     from dipole.evaluation.sweep import parse_sampler
-    from dipole.policies import load_policy
+    from dipole.realtime import load
 
+    delays = _delays(args)
     seed = first_seed(args.seed)
     episode_seeds(seed, args.episodes)  # an impossible number is reported before the policy is loaded
-    policy = load_policy(args.run, args.device)
+    policy = load(args.run, args.device, args.method or "stored")
     samplers = [parse_sampler(text, policy.sampler) for text in args.sweep]
     if args.sampler is not None or args.steps is not None:
         steps = "" if args.steps is None else f":{args.steps}"
@@ -76,10 +95,29 @@ def run(args: Args) -> None:
     try:
         if samplers:
             _sweep(args, policy, env, samplers, folder, options)
+        elif delays is not None and len(delays[0]) * len(delays[1]) > 1:
+            _sweep_delays(args, policy, env, delays, folder, options)
         else:
-            _evaluate(args, policy, env, folder, options)
+            _evaluate(args, policy, env, folder, options if delays is None else {**options, "delay": delays[2]})
     finally:
         env.close()
+
+
+def _delays(args: Args) -> tuple[tuple[str, ...], tuple[float, ...], Any] | None:
+    """Return modes, latencies, and the delay of the first of both; None where nothing is to be delayed."""
+    from dipole.errors import DipoleError
+    from dipole.evaluation.delay_sweep import parse_latencies, parse_modes
+    from dipole.evaluation.delayed import Delay, Link
+
+    if args.latency_ms is None:
+        if args.execution is not None or args.jitter or args.drop or args.timeout_ms is not None:
+            raise DipoleError("--execution, --jitter, --drop and --timeout-ms go with late chunks: add --latency-ms")
+        return None
+    if args.sweep:
+        raise DipoleError("compare samplers (--sweep) or delays (--latency-ms), not both at once")
+    modes, latencies = parse_modes(args.execution or "sync"), parse_latencies(args.latency_ms)
+    link = Link(latencies[0], args.jitter, args.drop)
+    return modes, latencies, Delay(modes[0], link, args.fallback, args.timeout_ms)
 
 
 def _evaluate(args: Args, policy: Any, env: Any, folder: Path, options: dict[str, Any]) -> None:
@@ -110,6 +148,30 @@ def _sweep(args: Args, policy: Any, env: Any, samplers: list[Any], folder: Path,
         _dump([to_dict(result) for result in results])
     else:
         _print_sweep(results, folder / FILE)
+
+
+def _sweep_delays(args: Args, policy: Any, env: Any, delays: Any, folder: Path, options: dict[str, Any]) -> None:
+    from dipole.errors import MissingExtraError
+    from dipole.evaluation.delay_plot import FILE as PICTURE
+    from dipole.evaluation.delay_plot import plot_delays
+    from dipole.evaluation.delay_sweep import FILE, save_delays, sweep_delays
+    from dipole.evaluation.progress import EpisodeBar
+    from dipole.serialization import to_dict
+
+    modes, latencies, like = delays
+    with EpisodeBar(args.episodes * len(modes) * len(latencies)) as bar:
+        results = list(sweep_delays(policy, env, modes, latencies, like, progress=bar, **options))
+    save_delays(folder, env.spec.name, results)
+    saved = [str(folder / FILE)]
+    try:
+        plot_delays(folder / PICTURE, results, env.spec.name, env.spec.score)
+        saved.append(str(folder / PICTURE))
+    except MissingExtraError as error:
+        saved.append(f"no picture: {error}")
+    if args.json:
+        _dump([to_dict(result) for result in results])
+    else:
+        _print_delays(results, ", ".join(saved))
 
 
 def _dump(value: Any) -> None:
@@ -157,3 +219,19 @@ def _print_sweep(results: list[SamplerResult], path: Path) -> None:
         table.add_row(row.sampler, str(row.num_steps), nfe, percent(row.success), interval, *measured)
     Console().print(table)
     print(f"saved in {path}")
+
+
+def _print_delays(results: list[DelayResult], saved: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dipole.evaluation.report import number, percent
+
+    columns = ("success, %", "interval", "score", "env steps", "without a plan", "chunks")
+    table = Table("execution", "latency, ms", *columns)
+    for row in results:
+        interval = f"{percent(row.low)} to {percent(row.high)}"
+        measured = (number(row.score), number(row.length), f"{100 * row.fallback:.1f} %", number(row.requests))
+        table.add_row(row.mode, f"{row.latency_ms:g}", percent(row.success), interval, *measured)
+    Console().print(table)
+    print(f"saved in {saved}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Episode:
         chunks: How often the policy was asked.
         trajectory: If it was to be kept.
         frames: uint8 `[L + 1, H, W, 3]` if it was filmed.
+        execution: How chunks were executed, where that is simulated (see `delayed`); else empty.
     """
 
     index: int
@@ -51,6 +52,7 @@ class Episode:
     chunks: int
     trajectory: Trajectory | None = None
     frames: np.ndarray | None = None
+    execution: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

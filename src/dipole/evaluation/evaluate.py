@@ -22,6 +22,7 @@ import torch
 from dipole.envs.seeds import EVAL_SEED
 from dipole.envs.spec import EnvSpec, Score, VectorEnv
 from dipole.errors import DipoleError
+from dipole.evaluation.delayed import Delay, delayed_runner
 from dipole.evaluation.describe import describe
 from dipole.evaluation.episode import Episode, Rollouts
 from dipole.evaluation.latency import count_network_calls, measure_latency
@@ -50,7 +51,7 @@ class Evaluation:
         score: Mean score with its bootstrap interval (that of `success` where success is the score).
         length: Mean number of environment steps with its bootstrap interval.
         episodes: Columns with one entry per episode: `seed`, `success`, `score`, `return`, `max_reward`, `length`,
-            `terminated`, `truncated`, `chunks`.
+            `terminated`, `truncated`, `chunks`; with a simulated delay also `execution.*` (see `Counters`).
         fingerprint: Digest of environment, settings and `episodes`.
         settings: What decides the result besides policy, environment and seeds.
         policy: Which policy it was (see `describe`), with its counted `nfe`.
@@ -122,6 +123,7 @@ def evaluate(
     latency_calls: int = 50,
     confidence: float = 0.95,
     progress: Callable[[Episode], None] | None = None,
+    delay: Delay | None = None,
 ) -> Evaluation:
     """Evaluate a policy on the episodes with seeds `seed, seed + 1, ...`.
 
@@ -141,6 +143,7 @@ def evaluate(
         latency_calls: Chunks to time at batch 1; 0 for none.
         confidence: Coverage of the intervals.
         progress: Called with each finished episode.
+        delay: Let chunks come late, as set out in `delayed`; None: the world waits for the policy.
 
     Raises:
         DipoleError: Policy and environment do not fit, or an action or reward is not finite.
@@ -152,6 +155,7 @@ def evaluate(
         runs = rollout(
             policy, vector, seeds, block=block, film=range(videos), max_steps=max_steps,
             stop_on_success=stop_on_success, progress=progress,
+            runner=None if delay is None else delayed_runner(delay),
         )  # fmt: skip
         timing, nfe = _measure(policy, vector, runs, seeds[0], latency_calls)
         spec = vector.spec
@@ -162,6 +166,7 @@ def evaluate(
         "max_steps_of_env": spec.max_steps,
         "stop_on_success": spec.score == "success" if stop_on_success is None else stop_on_success,
         "env_options": dict(env_options or {}),
+        **({} if delay is None else {"delay": to_dict(delay)}),
     }
     files, notes = _write_videos(runs, spec, folder) if folder is not None and videos else ([], [])
     columns = _columns(runs, spec.score)
@@ -232,6 +237,8 @@ def _columns(runs: Rollouts, score: Score) -> dict[str, list[Any]]:
         key: runs.column(names.get(key, key)).tolist()
         for key in ("seed", "success", "return", "max_reward", "length", "terminated", "truncated", "chunks")
     }
+    for key in runs.episodes[0].execution:
+        columns[key] = [episode.execution[key] for episode in runs.episodes]
     columns["score"] = [float(value) for value in columns[score]]
     if not np.isfinite(columns["return"]).all():
         bad = columns["seed"][int(np.argmin(np.isfinite(columns["return"])))]

@@ -27,7 +27,7 @@ Progress = Callable[[Episode], None]
 
 
 @dataclass
-class _Live:
+class Live:
     """An episode under way."""
 
     index: int
@@ -53,6 +53,7 @@ def rollout(
     max_steps: int | None = None,
     stop_on_success: bool | None = None,
     progress: Progress | None = None,
+    runner: Callable[[Policy, VectorEnv, Sequence[int], int], Runner] | None = None,
 ) -> Rollouts:
     """Run one episode per seed.
 
@@ -66,6 +67,7 @@ def rollout(
         max_steps: Longest episode; default the environment's.
         stop_on_success: Whether the first success ends an episode; default: if success is what the environment scores.
         progress: Called with each finished episode.
+        runner: Makes the loop; default: the world waits for the policy (see `delayed` for one where it does not).
 
     Returns:
         The episodes, in the order of `seeds`.
@@ -73,17 +75,17 @@ def rollout(
     Raises:
         DipoleError: The policy gave an action that is not finite or has the wrong shape.
     """
-    runner = _Runner(policy, env, seeds, block)
-    runner.film, runner.keep, runner.progress = frozenset(film), keep_trajectories, progress
-    runner.max_steps = env.spec.max_steps if max_steps is None else max_steps
-    runner.stop_on_success = env.spec.score == "success" if stop_on_success is None else stop_on_success
+    loop = (Runner if runner is None else runner)(policy, env, seeds, block)
+    loop.film, loop.keep, loop.progress = frozenset(film), keep_trajectories, progress
+    loop.max_steps = env.spec.max_steps if max_steps is None else max_steps
+    loop.stop_on_success = env.spec.score == "success" if stop_on_success is None else stop_on_success
     begin = time.perf_counter()
     with acting(policy):
-        episodes = runner.run()
-    return Rollouts(tuple(episodes), time.perf_counter() - begin, tuple(runner.notes))
+        episodes = loop.run()
+    return Rollouts(tuple(episodes), time.perf_counter() - begin, tuple(loop.notes))
 
 
-class _Runner:
+class Runner:
     """The loop of `rollout`, with what it has to remember."""
 
     film: frozenset[int]
@@ -97,7 +99,7 @@ class _Runner:
         self.device = device_of(policy)
         self.caller = BlockCaller(policy, block, self.device)
         self.pending = deque(range(len(self.seeds)))
-        self.active: dict[int, _Live] = {}
+        self.active: dict[int, Live] = {}
         self.finished: dict[int, Episode] = {}
         self.notes: list[str] = []
         self.history: dict[str, np.ndarray] = {}
@@ -105,6 +107,7 @@ class _Runner:
         self.state = policy.initial_state(env.num_envs)
 
     def run(self) -> list[Episode]:
+        """Run all episodes; return them in order."""
         self._start(range(self.env.num_envs))
         while self.active:
             rows = sorted(row for row, episode in self.active.items() if episode.queue)
@@ -124,7 +127,7 @@ class _Runner:
             return
         for row in rows:
             index = self.pending.popleft()
-            self.active[row] = _Live(index, self.seeds[index], policy_generator(self.seeds[index], self.device))
+            self.active[row] = Live(index, self.seeds[index], policy_generator(self.seeds[index], self.device))
         obs = self.env.reset(rows, [self.active[row].seed for row in rows])
         for key in self.keys:
             value = _numeric(obs[key])
@@ -148,7 +151,7 @@ class _Runner:
         self.state = put_rows(self.state, index, state)
         spec = self.env.spec
         for episode, chunk in zip(live, chunks.numpy(), strict=True):
-            _check_chunk(chunk, episode, spec)
+            check_chunk(chunk, episode, spec)
             clipped = np.clip(chunk, spec.action_low, spec.action_high).astype(chunk.dtype)
             episode.queue.extend(clipped)
             episode.chunks += 1
@@ -206,10 +209,15 @@ class _Runner:
             chunks=live.chunks,
             trajectory=trajectory,
             frames=np.stack(live.frames) if complete else None,
+            execution=self._executed(row),
         )
         self.finished[live.index] = episode
         if self.progress is not None:
             self.progress(episode)
+
+    def _executed(self, row: int) -> dict[str, int]:
+        """Return what there is to say about how the chunks of a finished row were executed."""
+        return {}
 
 
 def observation_keys(policy: Policy, env: VectorEnv) -> list[str]:
@@ -241,7 +249,8 @@ def _numeric(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32) if value.dtype == np.float64 else value
 
 
-def _check_chunk(chunk: np.ndarray, episode: _Live, spec: EnvSpec) -> None:
+def check_chunk(chunk: np.ndarray, episode: Live, spec: EnvSpec) -> None:
+    """Raise DipoleError where a chunk has the wrong shape or holds numbers that are not finite."""
     where = f"episode {episode.index} (seed {episode.seed}) of '{spec.name}' at env step {len(episode.rewards)}"
     if chunk.ndim != 2 or len(chunk) == 0 or chunk.shape[1:] != tuple(spec.action.shape):
         shape, wanted = list(chunk.shape), spec.action.shape[0]

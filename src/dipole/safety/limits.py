@@ -1,0 +1,270 @@
+"""Limits on what a policy may command: finite numbers, a box per action dimension, and a largest change per tick.
+
+`OutputGuard.check` is the last thing a chunk passes before it leaves for a robot. Each rule either clamps (the nearest
+action that obeys) or refuses (the whole chunk of that row is replaced by holding still), and every violation is
+counted and reported. Clamping goes through the chunk in time order: with y_t the action put into the box [low, high],
+
+    a_t = clip(y_t, a_{t-1} - max_change, a_{t-1} + max_change),        a_{-1} = previous
+
+lies between a_{t-1} and y_t, so it is in the box as well: both limits hold at once, across the border of chunks too. A
+`previous` outside the box counts as the nearest action in it. Bounds are computed in float64 and rounded to the
+chunk's dtype, in which they hold exactly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from dipole.errors import DipoleError, unknown
+
+Rule = Literal["finite", "limits", "rate", "monitor"]
+Response = Literal["clamp", "refuse"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a robot may be told to do, in the units of the actions, one entry per action dimension.
+
+    Attributes:
+        low: Smallest action; None for no box (then `high` must be None too).
+        high: Largest action.
+        max_change: Largest change from one control tick to the next; None for no rate limit.
+        hold: The action that keeps the robot where it is, e.g. zeros for velocities; None: the previous action again,
+            which is right for positions.
+        on_nonfinite: What to do about NaN and infinity. `clamp` repeats the last finite value of that dimension.
+        on_limits: What to do about an action outside the box.
+        on_rate: What to do about a change that is too fast.
+        on_monitor: What to do when a `Monitor` objects: `refuse`, or `report` and let it pass.
+    """
+
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    max_change: tuple[float, ...] | None = None
+    hold: tuple[float, ...] | None = None
+    on_nonfinite: Response = "refuse"
+    on_limits: Response = "clamp"
+    on_rate: Response = "clamp"
+    on_monitor: Literal["report", "refuse"] = "refuse"
+
+    def __post_init__(self) -> None:
+        self._check_responses()
+        given = {name: getattr(self, name) for name in ("low", "high", "max_change", "hold")}
+        sizes = {name: len(value) for name, value in given.items() if value is not None}
+        if len(set(sizes.values())) > 1:
+            raise DipoleError(f"the limits differ in their number of dimensions: {sizes}")
+        for name, value in given.items():
+            if value is not None and not np.isfinite(value).all():
+                raise DipoleError(f"the limit '{name}' must be finite: {list(value)}")
+        if (self.low is None) != (self.high is None):
+            raise DipoleError("give both low and high, or neither")
+        if self.max_change is not None and min(self.max_change, default=1.0) <= 0:
+            raise DipoleError("max_change must be positive in every dimension")
+        if self.low is None or self.high is None:
+            return
+        if any(low > high for low, high in zip(self.low, self.high, strict=True)):
+            raise DipoleError("low must not exceed high in any dimension")
+        if self.hold is not None and not np.array_equal(np.clip(self.hold, self.low, self.high), self.hold):
+            raise DipoleError("hold must be within low and high")
+
+    def _check_responses(self) -> None:
+        for name in ("on_nonfinite", "on_limits", "on_rate"):
+            if getattr(self, name) not in get_args(Response):
+                raise unknown(f"response {name} =", str(getattr(self, name)), get_args(Response))
+        if self.on_monitor not in ("report", "refuse"):
+            raise unknown("response on_monitor =", str(self.on_monitor), ("report", "refuse"))
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One rule broken in one dimension of one row of a chunk.
+
+    Attributes:
+        rule: `finite`, `limits`, `rate`, or `monitor`.
+        row: Row of the batch.
+        dimension: Of the action; None where a rule looks at whole chunks.
+        first: First tick of the chunk at which it was broken.
+        count: At how many ticks.
+        excess: By how much at most, in the action's units; 0 for `finite`.
+        response: `clamp`, `refuse` or `report`.
+        text: More, from a monitor.
+    """
+
+    rule: Rule
+    row: int
+    dimension: int | None
+    first: int
+    count: int
+    excess: float
+    response: Literal["clamp", "refuse", "report"]
+    text: str = ""
+
+
+class Monitor(Protocol):
+    """Something that judges whole chunks, e.g. a signal-temporal-logic formula over the plan."""
+
+    def check(self, chunk: np.ndarray, obs: Mapping[str, Any] | None) -> list[Violation]:
+        """Return what is wrong with `chunk` `[B, Ta, Da]`, which obeys the limits already; `obs` as the policy saw."""
+
+
+class RefusedError(DipoleError):
+    """A chunk was refused and there is nothing to replace it with.
+
+    Attributes:
+        rows: The refused rows that have no previous action.
+        violations: All that was found.
+    """
+
+    def __init__(self, rows: list[int], violations: list[Violation]) -> None:
+        rules = ", ".join(sorted({v.rule for v in violations if v.row in rows and v.response == "refuse"}))
+        super().__init__(
+            f"the policy's actions were refused ({rules}) and nothing is known to send instead: set hold in the limits"
+        )
+        self.rows, self.violations = rows, violations
+
+
+class OutputGuard:
+    """Checks chunks against limits. Holds nothing but its counters, so it serves any number of robots and threads.
+
+    Args:
+        limits: The limits.
+        monitor: Judges the clamped chunk.
+    """
+
+    def __init__(self, limits: Limits, monitor: Monitor | None = None) -> None:
+        self.limits, self.monitor = limits, monitor
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return how many actions' dimensions broke each rule, and how many rows were `refused`, so far."""
+        with self._lock:
+            return dict(self._counts)
+
+    def check(
+        self, chunk: np.ndarray, previous: np.ndarray | None = None, obs: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, list[Violation]]:
+        """Return `(chunk, violations)`, the chunk obeying all limits; unchanged where it did already.
+
+        Args:
+            chunk: `[B, Ta, Da]`, any float type.
+            previous: `[B, Da]`, the actions last sent; None at the start: the first action is then free of the rate.
+            obs: What the policy saw, for the monitor.
+
+        Raises:
+            RefusedError: A row was refused, and there is neither `previous` nor `hold` to replace it with.
+            DipoleError: `previous` is not finite, or a shape does not fit the limits.
+        """
+        self._check_shapes(chunk, previous)
+        start = None if previous is None else self._into_box(previous.astype(chunk.dtype))
+        violations: list[Violation] = []
+        safe = self._finite(chunk, start, violations)
+        boxed = self._into_box(safe)
+        if self.limits.low is not None:
+            beyond = np.abs(safe.astype(np.float64) - boxed)
+            violations += _collect("limits", np.where(np.isfinite(chunk), beyond, 0.0), self.limits.on_limits)
+        safe, excess = self._slow(boxed, start)
+        violations += _collect("rate", excess, self.limits.on_rate)
+        safe = self._hold_refused(safe, start, violations)
+        if self.monitor is not None:
+            response = self.limits.on_monitor
+            violations += [_answered(found, response) for found in self.monitor.check(safe, obs)]
+            safe = self._hold_refused(safe, start, violations)
+        self._count(violations)
+        return safe, violations
+
+    def _check_shapes(self, chunk: np.ndarray, previous: np.ndarray | None) -> None:
+        if chunk.ndim != 3 or 0 in chunk.shape or chunk.dtype.kind != "f":
+            raise DipoleError(f"a chunk must be floats [B, Ta, Da], got {chunk.dtype} {list(chunk.shape)}")
+        for name in ("low", "max_change", "hold"):
+            value = getattr(self.limits, name)
+            if value is not None and len(value) != chunk.shape[2]:
+                raise DipoleError(
+                    f"the limits are for {len(value)} action dimensions, the chunk has {chunk.shape[2]}: are they of "
+                    "another robot?"
+                )
+        if previous is not None:
+            if previous.shape != (chunk.shape[0], chunk.shape[2]):
+                raise DipoleError(
+                    f"previous has shape {list(previous.shape)}, expected {[chunk.shape[0], chunk.shape[2]]}"
+                )
+            if not np.isfinite(previous).all():
+                raise DipoleError("the previous action is not finite: what was sent to the robot?")
+
+    def _finite(self, chunk: np.ndarray, start: np.ndarray | None, violations: list[Violation]) -> np.ndarray:
+        """Return the chunk with each number that is none replaced by the one before it, or what is nearest to 0."""
+        bad = ~np.isfinite(chunk)
+        if not bad.any():
+            return chunk
+        violations += _collect("finite", np.where(bad, np.nan, 0.0), self.limits.on_nonfinite)
+        safe = chunk.copy()
+        hold = np.zeros(chunk.shape[2]) if self.limits.hold is None else np.array(self.limits.hold)
+        before = np.broadcast_to(self._into_box(hold.astype(chunk.dtype)), safe[:, 0].shape) if start is None else start
+        for t in range(chunk.shape[1]):
+            safe[:, t] = np.where(bad[:, t], before, safe[:, t])
+            before = safe[:, t]
+        return safe
+
+    def _into_box(self, actions: np.ndarray) -> np.ndarray:
+        if self.limits.low is None:
+            return actions
+        low, high = (np.array(bound).astype(actions.dtype) for bound in (self.limits.low, self.limits.high))
+        return np.clip(actions, low, high)
+
+    def _slow(self, actions: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the actions with the rate limit kept, and by how much each was beyond it, `[B, Ta, Da]`."""
+        excess = np.zeros(actions.shape)
+        if self.limits.max_change is None:
+            return actions, excess
+        change, slow, before = np.array(self.limits.max_change), actions.copy(), start
+        for t in range(actions.shape[1]):
+            if before is not None:
+                center = before.astype(np.float64)
+                low, high = ((center + sign * change).astype(actions.dtype) for sign in (-1, 1))
+                slow[:, t] = np.clip(actions[:, t], low, high)
+                excess[:, t] = np.abs(actions[:, t].astype(np.float64) - slow[:, t])
+            before = slow[:, t]
+        return slow, excess
+
+    def _hold_refused(self, actions: np.ndarray, start: np.ndarray | None, violations: list[Violation]) -> np.ndarray:
+        """Return the actions with refused rows replaced by holding, which is approached at the allowed rate."""
+        rows = sorted({violation.row for violation in violations if violation.response == "refuse"})
+        if not rows:
+            return actions
+        if self.limits.hold is not None:
+            target = np.broadcast_to(np.array(self.limits.hold).astype(actions.dtype), actions[rows].shape)
+        elif start is not None:
+            target = np.broadcast_to(start[rows][:, None], actions[rows].shape)
+        else:
+            self._count(violations)
+            raise RefusedError(rows, violations)
+        held = actions.copy()
+        held[rows] = self._slow(self._into_box(target), None if start is None else start[rows])[0]
+        return held
+
+    def _count(self, violations: list[Violation]) -> None:
+        with self._lock:
+            for violation in violations:
+                self._counts[violation.rule] += violation.count
+            self._counts["refused"] += len({v.row for v in violations if v.response == "refuse"})
+
+
+def _collect(rule: Rule, excess: np.ndarray, response: Response) -> list[Violation]:
+    """Return the violations where `excess` `[B, Ta, Da]` is not 0; NaN stands for what has no amount."""
+    broken = excess != 0
+    found = []
+    for row, dimension in np.argwhere(broken.any(axis=1)):
+        ticks = np.flatnonzero(broken[row, :, dimension])
+        amount = float(np.nan_to_num(excess[row, ticks, dimension]).max())
+        found.append(Violation(rule, int(row), int(dimension), int(ticks[0]), len(ticks), amount, response))
+    return found
+
+
+def _answered(found: Violation, response: Literal["report", "refuse"]) -> Violation:
+    return replace(found, rule="monitor", response=response)

@@ -1,0 +1,84 @@
+"""Minutes of training until a policy scores 0.9 on Push-T: dipole's default against LeRobot's, on this machine.
+
+    python benchmarks/time_to_pusht.py --data PUSHT --peer-python PATH_TO_A_PYTHON_WITH_LEROBOT_0.4
+
+Started by hand, because it takes up to an hour: it is no part of `make bench`. PUSHT is the set of 206 human
+demonstrations (state observations). dipole trains its default network from the beginning with each of a few budgets, so
+that every score belongs to a whole learning-rate schedule, until one reaches 0.9. LeRobot trains its default policy
+for `--peer-minutes`, with the schedule of its default 200,000 updates; the result is imported and evaluated by the
+same code on the same seeds, with DDIM-10 (its own DDPM-100 would take most of a day here).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BUDGETS = (2.0, 3.5, 5.0, 7.0, 9.3)
+SCORE, EPISODES = 0.9, 100
+PEER = Path(__file__).parent / "peers" / "lerobot_train_pusht.py"
+OPTIONS = ["--network", "dropout=0.1", "--weight-decay", "1e-4", "--val-fraction", "0.03"]
+
+
+def dipole(*words: Any) -> dict[str, Any]:
+    """Run a command of dipole and return what it prints as JSON."""
+    done = subprocess.run(
+        ["dipole", *(str(word) for word in words), "--json"], check=True, capture_output=True, text=True
+    )
+    return dict(json.loads(done.stdout))
+
+
+def score(run: Path) -> dict[str, Any]:
+    """Return the mean of the largest coverages of an episode, with its interval."""
+    return dict(dipole("eval", run, "--env", "pusht", "--episodes", EPISODES)["score"])
+
+
+def ours(data: Path, folder: Path, threads: int) -> list[dict[str, Any]]:
+    """Return the score for each budget, up to the first that is enough."""
+    results: list[dict[str, Any]] = []
+    for minutes in BUDGETS:
+        out = folder / f"dipole-{minutes}"
+        words = ("train", "--data", data, "--out", out, "--minutes", minutes, "--threads", threads, *OPTIONS)
+        trained = dipole(*words)
+        results.append({"minutes": trained["seconds"] / 60, "updates": trained["steps"], "score": score(out)})
+        print(json.dumps(results[-1]), flush=True)
+        if results[-1]["score"]["value"] >= SCORE:
+            break
+    return results
+
+
+def peer(data: Path, folder: Path, python: str, minutes: float, threads: int) -> dict[str, Any]:
+    """Return the score of LeRobot's default policy after some minutes."""
+    from dipole.data import load
+    from dipole.data.formats import lerobot
+
+    lerobot.write(load(data), folder / "data")
+    words = [python, str(PEER), str(folder / "data"), str(folder / "lerobot"), str(minutes), str(threads)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    trained = json.loads(done.stdout.strip().splitlines()[-1])
+    dipole("import", folder / "lerobot", "--out", folder / "imported")
+    return {**trained, "score": score(folder / "imported")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-minutes", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results: dict[str, Any] = {"ours": ours(args.data, Path(folder), args.threads)}
+        if args.peer_python:
+            results["peer"] = peer(args.data, Path(folder), args.peer_python, args.peer_minutes, args.threads)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

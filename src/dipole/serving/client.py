@@ -74,7 +74,8 @@ class Reply:
     @property
     def valid_until(self) -> float | None:
         """Return when the last action's time is over, on the clock of the `time` that was sent along."""
-        return self.message.get(protocol.VALIDITY, {}).get("until")
+        until: float | None = self.message.get(protocol.VALIDITY, {}).get("until")
+        return until
 
 
 class PolicyClient:
@@ -103,7 +104,8 @@ class PolicyClient:
             give_up_s: How long to go on trying.
             tls: TLS settings, e.g. with a certificate of one's own.
         """
-        self.url, self.metadata = url, {}
+        self.url = url
+        self.metadata: dict[str, Any] = {}
         self._token, self._timeout, self._give_up, self._tls = token, timeout_s, give_up_s, tls
         self._connection: ClientConnection | None = None
         self._secret: str | None = None
@@ -193,7 +195,8 @@ class PolicyClient:
     def _ask(self, observation: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         request_id = f"{self._prefix}-{next(self._number)}"
         deadline = _now() + self._give_up
-        return self._patiently(lambda: self._exchange(observation, extra, request_id), deadline)
+        message: dict[str, Any] = self._patiently(lambda: self._exchange(observation, extra, request_id), deadline)
+        return message
 
     def _patiently(self, attempt: Any, deadline: float) -> Any:
         """Try until it succeeds, waiting longer each time; refusals that will not change are raised at once."""

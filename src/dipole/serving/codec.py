@@ -172,7 +172,7 @@ def _array(value: dict[Any, Any], limits: Limits) -> np.ndarray:
     if math.prod(shape) * dtype.itemsize != len(data):
         raise CodecError("an array whose data does not fit its shape")
     if dtype.kind == "b":  # a byte other than 0 and 1 is no bool
-        return np.frombuffer(data, np.uint8).reshape(shape) != 0
+        return np.asarray(np.frombuffer(data, np.uint8).reshape(shape) != 0)
     if dtype.kind == "U" and not _is_unicode(data):
         raise CodecError("an array of invalid text")
     return np.ndarray(shape, dtype, buffer=data)

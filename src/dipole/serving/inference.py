@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from dipole.evaluation.blocks import BlockCaller
 from dipole.policies.policy import State, take_rows
-from dipole.safety import RefusedError
+from dipole.safety import RefusedError, Violation
 from dipole.serving.models import Model
 from dipole.serving.protocol import Refusal
 from dipole.serving.schema import Arrays
@@ -118,7 +118,7 @@ def _act(model: Model, rows: Sequence[Row], block: int) -> tuple[Tensor, State]:
 
 def _guarded(model: Model, row: Row, chunk: Tensor) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Return actions that may be sent; without safety limits these are the finite ones."""
-    actions, found = chunk.numpy().astype(np.float32), []
+    actions, found = chunk.numpy().astype(np.float32), list[Violation]()
     if model.guard is not None:
         previous = None if row.previous is None else row.previous[None]
         obs = {key: value[None] for key, value in row.history.items()}

@@ -35,7 +35,7 @@ class Limits:
     """
 
     frame_bytes: int = 16 * 2**20
-    depth: int = 6
+    depth: int = 8
     nodes: int = 4096
     string_bytes: int = 16384
     array_dims: int = 8

@@ -74,7 +74,7 @@ class Refusal(Exception):
 
     def table(self, request_id: Any = None) -> dict[str, Any]:
         """Return the refusal as a message for extended clients."""
-        error = {"code": self.code, "message": self.message}
+        error: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.retry_after_ms is not None:
             error["retry_after_ms"] = round(self.retry_after_ms, 1)
         return {ERROR: error} if request_id is None else {ID: request_id, ERROR: error}

@@ -109,11 +109,11 @@ class Server:
         self.service.start()
         try:
             self._server = await serve(
-                self._talk,
+                self._talk,  # type: ignore[arg-type]
                 self.host,
                 self.port,
                 process_request=self._gate.process,
-                create_connection=partial(_Connection, self),
+                create_connection=partial(_Connection, self),  # type: ignore[arg-type]
                 compression=None,  # as openpi; images do not shrink, and a small frame could unfold into a huge one
                 max_size=self.service.frame_bytes(),
                 max_queue=1,

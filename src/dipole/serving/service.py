@@ -236,7 +236,7 @@ class Service:
         deadline = None if request.deadline_ms is None else received + request.deadline_ms / 1000
         try:
             submitted = self.batchers[session.model_name].submit(row, deadline)
-            result = await asyncio.wait_for(submitted, self.limits.request_timeout_s)
+            result: Answer = await asyncio.wait_for(submitted, self.limits.request_timeout_s)
         except TimeoutError:
             raise Refusal("timeout", "the policy did not answer in time", 1000.0) from None
         for violation in result.violations:

@@ -45,7 +45,8 @@ class Memory:
         """Return the action before the next chunk, if `executed` actions (default all) of the last are executed."""
         if self.chunk is None or executed == 0:
             return self.before
-        return self.chunk[min(executed or len(self.chunk), len(self.chunk)) - 1]
+        last: np.ndarray = self.chunk[min(executed or len(self.chunk), len(self.chunk)) - 1]
+        return last
 
 
 @dataclass

@@ -79,10 +79,14 @@ def edit_tensors(path, change):
 
 @pytest.mark.parametrize("name", [golden.STATE, golden.OLD_STATE, golden.IMAGE])
 def test_acts_as_lerobot_did(name, tmp_path):
-    """Tolerance 1e-5, absolute and relative: float32 sums in another order; actions in physical units reach 3."""
+    """Within 1e-5, though actions in physical units reach 3.
+
+    Float32 sums in another order, amplified by ten denoising steps: against a float64 run of the same weights the
+    golden chunks themselves are off by up to 9.6e-6, ours by up to 1.1e-5, and from each other by up to 8.6e-6.
+    """
     policy = Policy.from_lerobot(write_checkpoint(name, tmp_path / "checkpoint"))
     io, obs = golden.results(name), observation(name, policy.config.observation)
-    near = {"atol": 1e-5, "rtol": 1e-5}
+    near = {"atol": 1e-5, "rtol": 0}
     with torch.no_grad():
         cond = policy.encode(obs)
         torch.testing.assert_close(cond["obs"].flatten(1), io["global_cond"], **near)

@@ -113,7 +113,7 @@ class ResidualBlock(nn.Module):
         film, h = self.cond_encoder[1](cond).unsqueeze(-1), self.conv1(x)
         if self.film_scale:
             scale, shift = film.chunk(2, dim=1)
-            h = torch.addcmul(shift, h, scale)
+            h = scale * h + shift  # not fused: rounded as in the published networks
         else:
             h = h + film
         out: Tensor = self.conv2(h)

@@ -3,6 +3,7 @@
 Examples:
   dipole compare runs/peg runs/peg-small --env metaworld/peg-insert-side-v3 --episodes 100
   dipole compare runs/peg runs/peg --sampler-a ddim:100 --sampler-b ddim:5 --env metaworld/peg-insert-side-v3
+  dipole compare runs/peg runs/peg --method-b plain --env metaworld/peg-insert-side-v3
   dipole compare runs/peg runs/peg-small --env metaworld/peg-insert-side-v3 --json
 """
 
@@ -39,6 +40,10 @@ class Args:
     """Sampler of A in place of its own, written name:steps, e.g. ddim:10."""
     sampler_b: str | None = None
     """Sampler of B in place of its own."""
+    method_a: str | None = None
+    """How A is run, with default options, in place of its runtime.json: plain, rti, streaming, chunking, ensemble."""
+    method_b: str | None = None
+    """How B is run."""
     max_steps: int | None = None
     """Longest episode in env steps, in place of the environment's own."""
     mode: Literal["sync", "async", "native"] | None = None
@@ -57,7 +62,10 @@ def run(args: Args) -> None:
 
     seed = first_seed(args.seed)
     episode_seeds(seed, args.episodes)  # an impossible number is reported before a policy is loaded
-    policies = [_load(args.a, args.sampler_a, args.device), _load(args.b, args.sampler_b, args.device)]
+    policies = [
+        _load(args.a, args.sampler_a, args.method_a, args.device),
+        _load(args.b, args.sampler_b, args.method_b, args.device),
+    ]
     env = make(args.env, num_envs=max(1, min(args.num_envs, args.episodes)), mode=args.mode)
     try:
         a, b = (_evaluate(args, policy, env, seed, label) for policy, label in zip(policies, "AB", strict=True))
@@ -75,11 +83,11 @@ def run(args: Args) -> None:
         _print(comparison, args)
 
 
-def _load(path: Path, sampler: str | None, device: str) -> Any:
+def _load(path: Path, sampler: str | None, method: str | None, device: str) -> Any:
     from dipole.evaluation.sweep import parse_sampler
-    from dipole.policies import load_policy
+    from dipole.realtime import load
 
-    policy = load_policy(path, device)
+    policy = load(path, device, method or "stored")
     return policy if sampler is None else policy.with_sampler(parse_sampler(sampler, policy.sampler))
 
 
@@ -95,6 +103,7 @@ def _which(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "policy": evaluation.policy["digest"],
         "sampler": evaluation.policy["sampler"],
+        "method": evaluation.policy["method"],
         "fingerprint": evaluation.fingerprint,
     }
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from dipole.evaluation.delay_sweep import DelayResult
     from dipole.evaluation.evaluate import Evaluation
     from dipole.evaluation.sweep import SamplerResult
+    from dipole.realtime.delay_sweep import DelayResult
 
 
 @dataclass
@@ -106,8 +106,8 @@ def run(args: Args) -> None:
 def _delays(args: Args) -> tuple[tuple[str, ...], tuple[float, ...], Any] | None:
     """Return modes, latencies, and the delay of the first of both; None where nothing is to be delayed."""
     from dipole.errors import DipoleError
-    from dipole.evaluation.delay_sweep import parse_latencies, parse_modes
-    from dipole.evaluation.delayed import Delay, Link
+    from dipole.realtime.delay_sweep import parse_latencies, parse_modes
+    from dipole.realtime.delayed import Delay, Link
 
     if args.latency_ms is None:
         if args.execution is not None or args.jitter or args.drop or args.timeout_ms is not None:
@@ -152,16 +152,18 @@ def _sweep(args: Args, policy: Any, env: Any, samplers: list[Any], folder: Path,
 
 def _sweep_delays(args: Args, policy: Any, env: Any, delays: Any, folder: Path, options: dict[str, Any]) -> None:
     from dipole.errors import MissingExtraError
-    from dipole.evaluation.delay_plot import FILE as PICTURE
-    from dipole.evaluation.delay_plot import plot_delays
-    from dipole.evaluation.delay_sweep import FILE, save_delays, sweep_delays
     from dipole.evaluation.progress import EpisodeBar
+    from dipole.realtime.delay_plot import FILE as PICTURE
+    from dipole.realtime.delay_plot import plot_delays
+    from dipole.realtime.delay_sweep import FILE, save_delays, sweep_delays
     from dipole.serialization import to_dict
 
     modes, latencies, like = delays
+    results = []
     with EpisodeBar(args.episodes * len(modes) * len(latencies)) as bar:
-        results = list(sweep_delays(policy, env, modes, latencies, like, progress=bar, **options))
-    save_delays(folder, env.spec.name, results)
+        for result in sweep_delays(policy, env, modes, latencies, like, progress=bar, **options):
+            results.append(result)
+            save_delays(folder, env.spec.name, results)  # an interrupted sweep leaves what it has
     saved = [str(folder / FILE)]
     try:
         plot_delays(folder / PICTURE, results, env.spec.name, env.spec.score)

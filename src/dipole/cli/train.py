@@ -7,14 +7,16 @@ Examples:
   dipole train --data runs/demos --out runs/peg --minutes 1
   dipole train --data runs/demos --out runs/peg --env metaworld/peg-insert-side-v3 --steps 10000
   dipole train --data lerobot/pusht --out runs/pusht --policy unet --network down_dims=[64,128,256] --process vp-cosine
+  dipole train --data lerobot/pusht --out runs/pusht --policy unet --method sdp --pred-horizon 20
   dipole train --out runs/pusht --resume
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from dipole.training import TrainConfig, TrainResult
 
 NETWORKS = {"mlp": "mlp", "unet": "unet1d", "transformer": "transformer"}
+# Streamed batches take long to decode, whatever their size: two are made ahead.
+PREFETCH_STREAMED = 2
 LEARNING_RATES = {"mlp": 2e-3, "unet": 3e-4, "transformer": 3e-4}
 
 
@@ -44,6 +48,8 @@ class Args:
     """Folder of the run: new or empty, or with --resume the one to go on with."""
     data: Annotated[str | None, _option("PATH|NAME")] = None
     """Demonstrations: a dataset in any format dipole reads, or the name of one on the hub (lerobot/pusht)."""
+    memory: Annotated[float | None, _option("GIB", "half of the machine's")] = None
+    """Memory for decoded pictures; a LeRobot dataset with more is streamed from its files, 0 streams in any case."""
     resume: bool = False
     """Go on with the run in OUT."""
     env: Annotated[str | None, _option("ENV")] = None
@@ -54,7 +60,9 @@ class Args:
     """Options of the network, e.g. width=768 num_blocks=4."""
     vision: Annotated[tuple[str, ...] | None, _option("KEY=VALUE ...")] = None
     """Image encoder and its options, e.g. name=resnet18."""
-    process: Annotated[str | None, _option("NAME", "flow")] = None
+    method: Annotated[Literal["plain", "sdp"] | None, _option("plain|sdp", "plain")] = None
+    """sdp trains a noise level for every position, so that the policy can stream (one short call per chunk)."""
+    process: Annotated[str | None, _option("NAME", "flow; sdp: vp-cosine")] = None
     """Forward process: flow, vp-cosine, vp-linear, edm, ..."""
     features: Annotated[tuple[str, ...] | None, _option("NAME ...", "all of the dataset")] = None
     """Observations to see."""
@@ -113,7 +121,11 @@ def run(args: Args) -> None:
     if "data" not in options:
         raise DipoleError("no demonstrations: give --data PATH (make some with `dipole collect`)")
     config = _train_config(options)
-    episodes = load(options["data"])
+    memory = None if "memory" not in options else int(options["memory"] * 2**30)
+    episodes = load(options["data"], stream=None, memory=memory)
+    if episodes.is_streamed:
+        config = replace(config, prefetch=PREFETCH_STREAMED)
+        print("dipole: the pictures are streamed from their files (see --memory)", file=sys.stderr)
     torch.manual_seed(config.seed)
     policy = _make_policy(episodes, options)
     try:
@@ -170,11 +182,15 @@ def _network_name(options: Mapping[str, Any]) -> str:
 
 def _make_policy(episodes: Episodes, options: Mapping[str, Any]) -> DiffusionPolicy:
     from dipole.policies import make_config, make_policy
+    from dipole.policies.streaming import StreamingTraining
 
+    values: dict[str, Any]
     names = ("process", "obs_horizon", "pred_horizon", "action_horizon")
     values = {name: options[name] for name in names if name in options}
     network = {"name": NETWORKS[_network_name(options)], **_table(options.get("network", ()), "--network")}
     vision = _table(options.get("vision", ()), "--vision")
+    if options.get("method") == "sdp":
+        values = {"process": "vp-cosine", **values, "streaming": StreamingTraining()}
     config = make_config(
         episodes, network=network, vision=vision or None, observation=options.get("features"), **values
     )
@@ -206,6 +222,7 @@ def _evaluation(options: Mapping[str, Any]) -> Iterator[Callable[[Any], Mapping[
     from dipole.envs import make
     from dipole.envs.seeds import SELECT_SEED
     from dipole.evaluation.evaluate import evaluate
+    from dipole.realtime import apply, default_runtime
 
     episodes = options.get("eval_episodes", 20)
     if episodes < 1:
@@ -213,7 +230,7 @@ def _evaluation(options: Mapping[str, Any]) -> Iterator[Callable[[Any], Mapping[
     env = make(options["env"], num_envs=min(16, episodes))
 
     def score(policy: Any) -> Mapping[str, float]:
-        found = evaluate(policy, env, episodes, SELECT_SEED, latency_calls=0)
+        found = evaluate(apply(policy, default_runtime(policy)), env, episodes, SELECT_SEED, latency_calls=0)
         return {"score": found.score.value, "success": found.success.value, "length": found.length.value}
 
     try:
@@ -224,7 +241,6 @@ def _evaluation(options: Mapping[str, Any]) -> Iterator[Callable[[Any], Mapping[
 
 def _say_how_to_resume(out: Path) -> None:
     import shlex
-    import sys
 
     from dipole.training.checkpoint import load_state
 

@@ -15,8 +15,9 @@ from dipole.serialization import to_dict
 def digest(policy: Any) -> str:
     """Return the SHA-256 of a policy's configuration and weights, as 16 hexadecimal digits.
 
-    The sampler is not part of it: it is a choice of the moment and recorded beside it.
+    The sampler and the method are not part of it: they are choices of the moment and recorded beside it.
     """
+    policy = trained(policy)
     sha = hashlib.sha256(type(policy).__name__.encode())
     sha.update(json.dumps(to_dict(getattr(policy, "config", None)), sort_keys=True, default=str).encode())
     if isinstance(policy, nn.Module):
@@ -27,10 +28,18 @@ def digest(policy: Any) -> str:
     return sha.hexdigest()[:16]
 
 
+def trained(policy: Any) -> Any:
+    """Return the policy that was trained, inside the methods of `dipole.realtime` that run it."""
+    while isinstance(policy, nn.Module) and hasattr(policy, "policy"):
+        policy = policy.policy
+    return policy
+
+
 def describe(policy: Any) -> dict[str, Any]:
     """Return what identifies a policy in a report."""
     sampler = getattr(policy, "sampler", None)
     parameters = sum(p.numel() for p in policy.parameters()) if isinstance(policy, nn.Module) else 0
+    runtime = to_dict(getattr(policy, "runtime", None)) or {}
     return {
         "type": getattr(policy, "type_name", type(policy).__name__),
         "digest": digest(policy),
@@ -40,4 +49,8 @@ def describe(policy: Any) -> dict[str, Any]:
         "action_horizon": policy.action_horizon,
         "sampler": None if sampler is None else to_dict(sampler),
         "sampler_is_its_own": sampler == getattr(getattr(policy, "config", None), "sampler", sampler),
+        "method": runtime.get("method", "plain"),
+        "options": runtime.get("options", {}),
+        "backend": runtime.get("backend", "eager"),
+        "precision": runtime.get("precision", "fp32"),
     }

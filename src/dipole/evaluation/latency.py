@@ -87,13 +87,19 @@ def _times(policy: Policy, obs: dict[str, Tensor], device: torch.device, calls: 
 
 
 def count_network_calls(policy: Any, obs: Mapping[str, Tensor]) -> int | None:
-    """Return the network calls (nfe) of one chunk, counted; if they cannot be seen, what the sampler says, or None."""
+    """Return the network calls (nfe) of one chunk, counted; if they cannot be seen, what the sampler says, or None.
+
+    Of a policy that remembers something it is those of the second chunk: the first may be the dear one.
+    """
     network = getattr(policy, "network", None)
     device = device_of(policy)
     batch = {key: value.to(device) for key, value in obs.items()}
     if isinstance(network, nn.Module):
         with acting(policy), _counting(network) as seen:
-            policy.act(batch, policy.initial_state(1), generator=[policy_generator(0, device)])
+            state = policy.initial_state(1)
+            for _ in range(2 if state else 1):
+                seen.clear()
+                _, state = policy.act(batch, state, generator=[policy_generator(0, device)])
         if seen:
             return len(seen)
     return getattr(getattr(policy, "sampler", None), "nfe", None)

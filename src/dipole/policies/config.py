@@ -36,6 +36,7 @@ from dipole.diffusion import (
 from dipole.diffusion.objectives import TimeDistribution, Weighting
 from dipole.diffusion.process import Spacing
 from dipole.errors import DipoleError, unknown
+from dipole.policies.streaming import StreamingTraining
 
 ProcessName = Literal[
     "flow", "vp-cosine", "vp-linear", "vp-scaled-linear", "vp-continuous-cosine", "vp-continuous-linear", "edm"
@@ -223,10 +224,11 @@ class PolicyConfig:
         roles: For features with names of their own, the LeRobot name whose place they take in the conditioning, such
             as `{"observation.qpos": "observation.state"}`.
         source: Where an imported policy comes from; empty for one trained here.
+        streaming: Trained for streaming, with a noise level for every position of the chunk; None for one level.
     """
 
     # Fields that folders written before they existed lack, with what that meant.
-    LATER_FIELDS: ClassVar[dict[str, Any]] = {"roles": {}, "source": ""}
+    LATER_FIELDS: ClassVar[dict[str, Any]] = {"roles": {}, "source": "", "streaming": None}
 
     observation: dict[str, Feature]
     action: Feature
@@ -245,6 +247,7 @@ class PolicyConfig:
     task: str = ""
     roles: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    streaming: StreamingTraining | None = None
 
     def __post_init__(self) -> None:
         check_horizons(self.obs_horizon, self.pred_horizon, self.action_horizon)

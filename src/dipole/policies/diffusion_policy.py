@@ -7,6 +7,7 @@ prediction type, sampler and network of dipole. Chunk indexing: index To - 1 of 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from dipole import networks
 from dipole.data.normalizer import Normalizer
-from dipole.diffusion import Denoiser, NetworkDenoiser, sample
+from dipole.diffusion import Denoiser, NetworkDenoiser, Process, sample
 from dipole.diffusion.process_view import ProcessView
 from dipole.diffusion.samplers import StepInfo, initial_noise
 from dipole.diffusion.tensors import Random, expand
@@ -104,7 +105,16 @@ class DiffusionPolicy(nn.Module):
         """
         x0 = self.normalizer.normalize("action", batch["action"])
         mask = ~batch["action_is_pad"].unsqueeze(-1) if self.config.objective.mask_padding else None
-        return self.objective(self.network, x0, self.encode(batch, generator), generator=generator, mask=mask)
+        t = self._streaming_levels(x0, generator)
+        return self.objective(self.network, x0, self.encode(batch, generator), generator=generator, mask=mask, t=t)
+
+    def _streaming_levels(self, x0: Tensor, generator: Generator | None) -> Tensor | None:
+        """Return a level per position `[B, Tp]` for a policy trained for streaming, else None."""
+        if self.config.streaming is None:
+            return None
+        horizons = (self.obs_horizon, self.pred_horizon, self.action_horizon)
+        levels = self.config.streaming.draw(len(x0), horizons, self.process, self.objective.time, generator)
+        return levels.to(x0.device)
 
     # DistributedDataParallel synchronises gradients of what runs through `forward`.
     def forward(self, batch: dict[str, Tensor], generator: Generator | None = None) -> Tensor:
@@ -124,13 +134,18 @@ class DiffusionPolicy(nn.Module):
         self, obs: Observation, state: State, noise: Tensor | None = None, generator: Random = None
     ) -> tuple[Tensor, State]:
         """Return `(chunk [B, Ta, Da] in physical units, state)`; see `Policy.act`."""
-        self._check_observation(obs)
+        self.check_observation(obs)
         x0 = self.denoise(self.encode(obs), noise, generator)
         first = self.obs_horizon - 1
         return self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon]), state
 
     def denoise(
-        self, cond: dict[str, Tensor], noise: Tensor | None = None, generator: Random = None, **options: Any
+        self,
+        cond: dict[str, Tensor],
+        noise: Tensor | None = None,
+        generator: Random = None,
+        guide: Callable[[Denoiser, Process], Denoiser] | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return a whole denoised chunk `[B, Tp, Da]`, normalised.
 
@@ -138,6 +153,7 @@ class DiffusionPolicy(nn.Module):
             cond: From `encode`.
             noise: Standard normal `[B, Tp, Da]`; None to draw it.
             generator: Source of randomness.
+            guide: Called with the denoiser and the process it is sampled in; returns the denoiser to use instead.
             **options: Passed to `sample`, e.g. `callback`.
         """
         denoiser: Denoiser = self.denoiser
@@ -145,6 +161,8 @@ class DiffusionPolicy(nn.Module):
         if self.sampler.process is not None:
             process = self.sampler.process.build()
             denoiser = ProcessView(denoiser, self.process, process)
+        if guide is not None:
+            denoiser = guide(denoiser, process)
         levels = self.sampler.levels(process)
         first = next(iter(cond.values()))
         shape = (first.shape[0], self.pred_horizon, self.action_dim)
@@ -166,7 +184,8 @@ class DiffusionPolicy(nn.Module):
         chain = torch.stack([*(info.x for info in steps), final])
         return [*(float(info.t) for info in steps), float(steps[-1].s)], self.normalizer.denormalize("action", chain)
 
-    def _check_observation(self, obs: Observation) -> None:
+    def check_observation(self, obs: Observation) -> None:
+        """Raise DipoleError when a feature is missing or has another shape than in training."""
         for key, feature in self.config.observation.items():
             if key not in obs:
                 raise DipoleError(

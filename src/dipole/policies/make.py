@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from dipole.policies.config import (
     default_sampler,
 )
 from dipole.policies.diffusion_policy import DiffusionPolicy
+from dipole.policies.streaming import StreamingTraining, num_pieces, pieces, rungs
 
 
 def make_config(
@@ -34,6 +36,7 @@ def make_config(
     obs_horizon: int = 2,
     pred_horizon: int = 16,
     action_horizon: int = 8,
+    streaming: StreamingTraining | None = None,
 ) -> PolicyConfig:
     """Return the configuration of a policy for a dataset.
 
@@ -48,6 +51,8 @@ def make_config(
         obs_horizon: To.
         pred_horizon: Tp.
         action_horizon: Ta.
+        streaming: Train for streaming: a noise level for every position (the network is made to take them), and a
+            sampler whose steps the pieces of a chunk divide.
 
     Raises:
         DipoleError: A name is unknown, a feature is missing, or the horizons do not fit together.
@@ -55,6 +60,12 @@ def make_config(
     features = _observation(episodes, observation)
     process_config = ProcessConfig(process) if isinstance(process, str) else process  # type: ignore[arg-type]
     process_config.build()  # an unknown name is reported here, before anything is trained
+    table = networks.full_config(network)
+    if streaming is not None:
+        if "per_position_levels" in table:
+            table["per_position_levels"] = True
+        horizons = (obs_horizon, pred_horizon, action_horizon)
+        sampler = streaming_sampler(process_config, horizons) if sampler is None else sampler
     has_images = any(feature.dtype in ("image", "video") for feature in features.values())
     return PolicyConfig(
         observation=features,
@@ -62,14 +73,38 @@ def make_config(
         obs_horizon=obs_horizon,
         pred_horizon=pred_horizon,
         action_horizon=action_horizon,
-        network=networks.full_config(network),
+        network=table,
         vision=networks.full_vision_config(vision or "small-cnn") if has_images else None,
         process=process_config,
         objective=objective or default_objective(process_config),
         sampler=sampler or default_sampler(process_config),
         fps=episodes.fps,
         task=episodes.tasks[0] if len(episodes.tasks) == 1 else "",
+        streaming=streaming,
     )
+
+
+def streaming_sampler(process: ProcessConfig, horizons: tuple[int, int, int]) -> SamplerConfig:
+    """Return the published sampler of a streaming policy, DDPM over all levels; for other processes a short ODE.
+
+    Args:
+        process: The process.
+        horizons: To, Tp, Ta.
+
+    Raises:
+        DipoleError: The chunk has one piece, so that streaming gains nothing, or they do not divide the levels.
+    """
+    count = num_pieces(*horizons)
+    if count < 2:
+        to, tp, ta = horizons
+        raise DipoleError(
+            f"streaming cuts a chunk of Tp={tp} into {count} piece of Ta={ta}, which gains nothing: raise pred_horizon "
+            f"to {to - 1 + 2 * ta} or more, or lower action_horizon"
+        )
+    if not process.name.startswith("vp") or "continuous" in process.name:
+        return replace(default_sampler(process), name="euler", num_steps=-(-10 // count) * count)
+    rungs(pieces(*horizons), count, process.build())  # raises where they do not divide
+    return SamplerConfig("ddpm", process.num_steps, clip=1.0)
 
 
 def _observation(episodes: Episodes, wanted: Sequence[str] | None) -> dict[str, Feature]:

@@ -1,4 +1,4 @@
-"""How a trained policy is run: method, sampler, back end, precision. One small file, `runtime.json`, beside its weights.
+"""How a trained policy is run: method, sampler, back end, precision. A small file, `runtime.json`, beside its weights.
 
 Nothing here changes weights: the same checkpoint can be run in many ways, and a `Runtime` names one of them.
 `load` obeys the file, and so does every command that loads a run in order to act with it.
@@ -89,14 +89,20 @@ def apply(policy: Any, runtime: Runtime) -> Any:
         runtime.sampler.build()  # an unknown name is reported here
         policy = policy.with_sampler(runtime.sampler)
     if runtime.action_horizon is not None:
+        if runtime.method == "streaming":
+            raise DipoleError("method 'streaming': the action_horizon is part of the training, leave it as it is")
         policy = _with_action_horizon(policy, runtime.action_horizon)
     policy = prepare(policy, runtime.backend, runtime.precision)
     options = method_config(runtime)
     if options is None:
-        return policy
-    module, _, name = METHODS[runtime.method]
-    wrapped = getattr(importlib.import_module(module), name)(policy, options)
-    return wrapped.eval() if hasattr(wrapped, "eval") else wrapped
+        running = copy.copy(policy)
+    else:
+        module, _, name = METHODS[runtime.method]
+        running = getattr(importlib.import_module(module), name)(policy, options)
+        if hasattr(running, "eval"):
+            running = running.train(policy.training)
+    running.runtime = runtime  # what a report says about it
+    return running
 
 
 def _with_action_horizon(policy: Any, action_horizon: int) -> Any:
@@ -113,13 +119,17 @@ def default_runtime(policy: Any) -> Runtime:
     return Runtime("streaming") if getattr(policy.config, "streaming", None) is not None else Runtime()
 
 
+def _file(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".json" else Path(path) / FILE
+
+
 def read_runtime(path: str | Path) -> Runtime:
-    """Return the runtime in a file, or in the `runtime.json` of a folder.
+    """Return the runtime in a file (`*.json`), or in the `runtime.json` of a folder.
 
     Raises:
         DipoleError: The file is missing, of another format, or has unknown or wrong entries.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = _file(path)
     table = read_json(file)
     if not isinstance(table, dict) or table.get("format") != FORMAT:
         raise DipoleError(f"{file}: not a runtime of format {FORMAT}: write it again with `dipole accelerate`")
@@ -133,13 +143,13 @@ def read_runtime(path: str | Path) -> Runtime:
 
 
 def write_runtime(runtime: Runtime, path: str | Path) -> Path:
-    """Write a runtime atomically to a file, or to the `runtime.json` of a folder; return the file.
+    """Write a runtime atomically to a file (`*.json`), or to the `runtime.json` of a folder; return the file.
 
     Raises:
         DipoleError: An option is unknown, or the file cannot be written.
     """
     method_config(runtime)  # never write what cannot be read
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    file = _file(path)
     write_json(file, {"format": FORMAT, **to_dict(runtime)})
     return file
 

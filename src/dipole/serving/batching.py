@@ -20,7 +20,7 @@ from dipole.serving.protocol import Refusal
 Call = Callable[[Sequence[Row]], list[Any]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Pending:
     """A request that waits.
 

@@ -232,7 +232,9 @@ class PolicyClient:
             raise ServerError("error", data.splitlines()[-1] if data else "")
         message = _unpacked(data, self.url)
         error = message.get(protocol.ERROR)
-        if request_id is not None and message.get(protocol.ID) != request_id:
+        # A request that was refused unread (too many of them) has no id in its answer.
+        answered = message.get(protocol.ID, request_id if isinstance(error, dict) else None)
+        if request_id is not None and answered != request_id:
             self._drop()
             raise DipoleError(f"{self.url}: the reply to another request")
         if isinstance(error, dict):
@@ -256,7 +258,7 @@ class PolicyClient:
                 additional_headers=headers,
                 open_timeout=self._timeout,
                 ssl=self._tls,
-            )
+            ).__enter__()  # what connect returns differs between versions of websockets; entering it does not
             data = self._connection.recv(self._timeout)
         except InvalidStatus as error:
             status = error.response.status_code

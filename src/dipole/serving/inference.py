@@ -23,7 +23,7 @@ from dipole.serving.protocol import Refusal
 from dipole.serving.schema import Arrays
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One session's part of a call.
 

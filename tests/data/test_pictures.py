@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from data_helpers import make_episodes
 
-from dipole.data.formats import png, video
+from dipole.data.formats import lerobot, lerobot_v21_write, png, video
 from dipole.errors import DipoleError
 
 av = pytest.importorskip("av")
@@ -125,3 +126,27 @@ def test_times_without_a_frame_are_refused(times, shape, message, tmp_path):
 def test_pictures_a_codec_cannot_hold_are_refused(tmp_path):
     with pytest.raises(DipoleError, match="encoding with libx264 failed"):
         video.write_frames(tmp_path / "a.mp4", np.zeros((3, 31, 31, 3), np.uint8), 10, "h264")
+
+
+@pytest.mark.parametrize("codec", list(video.CODECS))
+def test_key_frames_are_where_they_are_wanted(codec, tmp_path):
+    starts = {0, 5, 12, 17, 18, 33}
+    video.write_frames(tmp_path / "a.mp4", shades(31).repeat(2, axis=0)[:40], 10, codec, starts)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+        keys = {round(packet.pts * stream.time_base * 10) for packet in packets if packet.is_keyframe}
+    assert len(packets) == 40
+    assert starts <= keys
+
+
+@pytest.mark.parametrize("codec", list(video.CODECS))
+def test_every_episode_of_a_shared_video_can_be_cut_out(codec, tmp_path):
+    # Odd lengths: with key frames at every second frame of the file alone, half of the cuts would need encoding.
+    data = make_episodes((5, 1, 7, 3), cameras=["top"])
+    lerobot.write(data, tmp_path / "v3", pictures=codec)
+    report = lerobot_v21_write.from_v3(tmp_path / "v3", tmp_path / "v21")
+    assert (report.videos_copied, report.videos_encoded) == (4, [])
+    key = "observation.images.top"
+    whole, parts = lerobot.read(tmp_path / "v3"), lerobot.read(tmp_path / "v21")
+    np.testing.assert_array_equal(parts.columns[key], whole.columns[key])

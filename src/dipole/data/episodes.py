@@ -1,19 +1,22 @@
 """Episodes: all frames of a dataset, column by column, one episode after the other.
 
 Memory: columns up to `storage.memory_limit()` are ordinary arrays, larger ones (images) are memory-mapped temporary
-files, so resident memory is bounded by the limit times the number of columns plus what is being read.
+files, so resident memory is bounded by the limit times the number of columns plus what is being read. Pictures may also
+stay in their files and be decoded when asked for: see `dipole.data.streaming`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
 from dipole.data import statistics
 from dipole.data.features import IMPLICIT, TASK_INDEX, Feature
 from dipole.data.storage import allocate
+from dipole.data.streaming import StreamedColumn, concatenated
 from dipole.errors import DipoleError
 
 Stats = dict[str, dict[str, np.ndarray]]
@@ -26,7 +29,8 @@ class Episodes:
     Attributes:
         features: What each column holds. The implicit columns (`timestamp`, `frame_index`, `episode_index`, `index`)
             are not stored: see `timestamp` and the like.
-        columns: `[N, *feature.shape]` per feature; a number is `[N, 1]`.
+        columns: `[N, *feature.shape]` per feature; a number is `[N, 1]`. A column of pictures may be a
+            `StreamedColumn`.
         ends: int64 `[E]`, exclusive end of each episode; the last is N.
         fps: Frames per second.
         tasks: Sentences that the column `task_index` `[N, 1]` points to; empty when there are none.
@@ -150,6 +154,17 @@ class Episodes:
             raise DipoleError(f"the dataset has no '{key}': it has {', '.join(self.features)}")
         return self.features[key]
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether pictures are decoded when they are asked for."""
+        return any(isinstance(column, StreamedColumn) for column in self.columns.values())
+
+    def close(self) -> None:
+        """End the threads that decode streamed pictures; without any, there is nothing to do."""
+        for column in self.columns.values():
+            if isinstance(column, StreamedColumn):
+                column.close()
+
     def stats(self) -> Stats:
         """Return `min, max, mean, std, q01, q10, q50, q90, q99, count` per feature; texts are left out.
 
@@ -232,6 +247,11 @@ def _as_column(episode: Mapping[str, np.ndarray], key: str, number: int) -> np.n
 
 def _join(pieces: Sequence[np.ndarray], key: str) -> np.ndarray:
     """Return the pieces `[T_i, *shape]` one after the other, on disk when they are large."""
+    if any(isinstance(piece, StreamedColumn) for piece in pieces):
+        streamed = concatenated(pieces)
+        if streamed is not None:
+            return cast("np.ndarray", streamed)
+        pieces = [np.asarray(piece) for piece in pieces]
     if len(pieces) == 1 and pieces[0].base is None:
         return pieces[0]
     if len({piece.shape[1:] for piece in pieces}) != 1:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dipole.data import hub
 from dipole.data.episodes import Episodes
+from dipole.data.storage import picture_budget
+from dipole.data.streaming import Streaming
 from dipole.errors import DipoleError
 
 
@@ -55,6 +57,17 @@ def detect(path: str | Path) -> str:
     raise DipoleError(f"{path} is no dataset that dipole knows: expected {_EXPECTED}{hint}")
 
 
+def decoded_bytes(path: Path, episodes: Sequence[int] | None = None, keys: Sequence[str] | None = None) -> int:
+    """Return the size of the decoded pictures of a LeRobotDataset, of which only the description is read."""
+    from dipole.data.formats import lerobot_layout
+
+    layout = lerobot_layout.read(path)
+    wanted = None if episodes is None else set(episodes)
+    frames = sum(entry.length for entry in layout.entries if wanted is None or entry.index in wanted)
+    pictures = [f for key, f in layout.features.items() if f.is_image and (keys is None or key in keys)]
+    return frames * sum(feature.size for feature in pictures)
+
+
 def load(
     path: str | Path,
     episodes: Sequence[int] | None = None,
@@ -62,6 +75,8 @@ def load(
     keys: Sequence[str] | None = None,
     images: bool = True,
     allow_nan: bool = False,
+    stream: bool | Streaming | None = False,
+    memory: int | None = None,
 ) -> Episodes:
     """Load a dataset.
 
@@ -72,13 +87,22 @@ def load(
         keys: Which features; None loads all.
         images: Whether to load pictures and videos.
         allow_nan: Whether NaN and infinity are let through.
+        stream: Leave the pictures of a LeRobotDataset in their files and decode them when asked for
+            (`dipole.data.streaming`). None: if they would take more than `memory`. In other formats, columns above
+            1 GiB (`dipole.data.storage`) are memory-mapped files in any case.
+        memory: Bytes that decoded pictures may take with `stream=None`; None: half of the machine's.
 
     Raises:
         DipoleError: There is no such dataset, or it is incomplete or damaged; the message says how to mend it.
     """
     found = hub.resolve(path, "dataset", ignore=None if images else ("videos/*", "*.mp4"))
-    reader = importlib.import_module(f"dipole.data.formats.{detect(found)}").read
-    offered = {"episodes": episodes, "keys": keys, "images": images, "allow_nan": allow_nan}
+    form = detect(found)
+    reader = importlib.import_module(f"dipole.data.formats.{form}").read
+    if stream is None:
+        budget = picture_budget() if memory is None else memory
+        stream = form == "lerobot" and images and decoded_bytes(found, episodes, keys) > budget
+    streaming = Streaming() if stream is True else stream or None
+    offered = {"episodes": episodes, "keys": keys, "images": images, "allow_nan": allow_nan, "stream": streaming}
     known = inspect.signature(reader).parameters
     data: Episodes = reader(found, **{name: value for name, value in offered.items() if name in known})
     wanted = list(data.features if keys is None else keys)

@@ -76,9 +76,11 @@ def _image_stats(column: np.ndarray) -> dict[str, np.ndarray]:
     frames = np.unique(np.linspace(0, len(column) - 1, wanted).round().astype(np.int64))
     channels = column.shape[-1]
     histogram = np.zeros((channels, 256), dtype=np.int64)
-    for frame in frames:
+    rows = max(1, CHUNK_BYTES // math.prod(column.shape[1:]))
+    for start in range(0, len(frames), rows):
+        pictures = column[frames[start : start + rows]]
         for channel in range(channels):
-            histogram[channel] += np.bincount(column[frame, ..., channel].ravel(), minlength=256)
+            histogram[channel] += np.bincount(pictures[..., channel].ravel(), minlength=256)
     return {name: value[:, None, None] for name, value in _histogram_stats(histogram).items()} | {
         "count": np.array([len(frames)])
     }

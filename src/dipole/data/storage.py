@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
@@ -21,6 +22,16 @@ def memory_limit() -> int:
         return int(float(text) * 2**20)
     except ValueError:
         raise DipoleError(f"{MEMORY_LIMIT_VARIABLE}='{text}' is not a number of megabytes") from None
+
+
+def picture_budget() -> int:
+    """Return the bytes that decoded pictures may take before they are streamed: half of what this process may use."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: cgroups v2, v1
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total // 2
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype, what: str = "array") -> np.ndarray:

@@ -5,11 +5,13 @@ its episode, the edge frame is repeated, as in Diffusion Policy (Chi et al. 2023
 
 Every episode gets a stretch of *positions*, its frames with the repeated edges, so that a window is a run of
 consecutive positions. Small columns are laid out that way once (one extra copy), and a batch is then a gather from an
-overlapping view: one copy of Tp*D numbers per window, with no index arithmetic. Images are gathered by frame.
+overlapping view: one copy of Tp*D numbers per window, with no index arithmetic. Images are gathered by frame, and
+decoded then when they are streamed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,7 +89,8 @@ class Windows:
 
     def _source(self, key: str, horizon: int) -> _Source:
         column = self.episodes.columns[key]
-        if column[:1].nbytes <= _SMALL_ROW_BYTES:
+        row_bytes = column.dtype.itemsize * math.prod(column.shape[1:])
+        if row_bytes <= _SMALL_ROW_BYTES and isinstance(column, np.ndarray):
             return _Source(_runs(column[self._frame_at], horizon), None, column.dtype, (horizon, *column.shape[1:]))
         return _Source(_runs(self._frame_at, horizon), column, self._frame_at.dtype, (horizon,))
 

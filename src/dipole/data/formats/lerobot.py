@@ -9,25 +9,28 @@ and the key. Memory: tables are read a few frames at a time into the columns, wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from dipole.data.episodes import Episodes
 from dipole.data.features import TASK_INDEX, Feature
-from dipole.data.formats import lerobot_layout
+from dipole.data.formats import lerobot_layout, lerobot_stream
 from dipole.data.formats.files import check_finite
 from dipole.data.formats.lerobot_layout import Entry, Layout
 from dipole.data.formats.lerobot_table import Table, open_parquet
 from dipole.data.formats.lerobot_write import write
 from dipole.data.storage import allocate
+from dipole.data.streaming import Streaming
 from dipole.errors import DipoleError
 
 __all__ = ["read", "write"]
 
 _BATCH_ROWS = 2048
 _IMAGE_BATCH_ROWS = 64
+_RATE_TOLERANCE = 0.1
 
 
 def read(
@@ -36,6 +39,7 @@ def read(
     keys: Sequence[str] | None = None,
     images: bool = True,
     allow_nan: bool = False,
+    stream: Streaming | None = None,
 ) -> Episodes:
     """Read a LeRobotDataset.
 
@@ -45,6 +49,8 @@ def read(
         keys: Which features; None reads all.
         images: Whether to read pictures and videos.
         allow_nan: Whether NaN and infinity are let through.
+        stream: Leave pictures and videos in their files and decode them when asked for, in this way. Damage to one of
+            them is then found when it is asked for.
 
     Raises:
         DipoleError: The dataset is incomplete, damaged, or of an unknown version.
@@ -55,22 +61,27 @@ def read(
     _check_rows(entries)
     _check_videos(entries, features)
     ends = np.cumsum([entry.length for entry in entries])
+    times = np.full(int(ends[-1]), np.nan)
+    streamed = {} if stream is None else lerobot_stream.columns(entries, ends, features, times, stream)
     columns = {
         key: allocate((int(ends[-1]), *feature.shape), feature.numpy_dtype, f"'{key}' of {path}")
         for key, feature in features.items()
-        if not feature.is_string
+        if not feature.is_string and key not in streamed
     }
     texts = {key: np.empty(int(ends[-1]), dtype=object) for key, feature in features.items() if feature.is_string}
-    times = _read_tables(layout, entries, ends, features, columns | texts)
+    stores = {key: column.source for key, column in streamed.items() if features[key].dtype == "image"}
+    _read_tables(layout, entries, ends, features, columns | texts | stores, times)
     for key, values in texts.items():
         columns[key] = values.astype(np.str_)[:, None]
-    _read_videos(entries, ends, features, columns, times)
+    _read_videos(entries, ends, {key: features[key] for key in columns}, columns, times)
+    columns |= cast("dict[str, np.ndarray]", streamed)
     if TASK_INDEX in columns:
         columns[TASK_INDEX] = _renumber(columns[TASK_INDEX], layout)
     if not allow_nan:
         for key, feature in features.items():
             check_finite(columns[key], key, feature, ends, Path(path))
-    return Episodes(features, columns, ends, layout.fps, tuple(layout.tasks.values()))
+    ordered = {key: columns[key] for key in features}
+    return Episodes(features, ordered, ends, layout.fps, tuple(layout.tasks.values()))
 
 
 def _chosen(layout: Layout, episodes: Sequence[int] | None) -> list[Entry]:
@@ -123,18 +134,19 @@ def _read_tables(
     entries: Sequence[Entry],
     ends: np.ndarray,
     features: dict[str, Feature],
-    out: dict[str, np.ndarray],
-) -> np.ndarray:
-    """Fill `out` from the tables; return the time of every frame, float64 [N]."""
+    out: Mapping[str, Any],
+    times: np.ndarray,
+) -> None:
+    """Fill `out` and the time of every frame, float64 [N], from the tables."""
     in_table = {key: feature for key, feature in features.items() if feature.dtype != "video"}
     offset = np.full(max(entry.index for entry in layout.entries) + 1, -1, dtype=np.int64)
     length = np.zeros(len(offset), dtype=np.int64)
     for entry, end in zip(entries, ends, strict=True):
         offset[entry.index], length[entry.index] = end - entry.length, entry.length
-    times = np.full(int(ends[-1]), np.nan)
+    packed = [key for key, feature in in_table.items() if feature.is_image and not isinstance(out[key], np.ndarray)]
     filled = 0
     for path in dict.fromkeys(entry.data for entry in entries):
-        table = Table(path, in_table)
+        table = Table(path, in_table, packed)
         rows_at_once = _IMAGE_BATCH_ROWS if any(f.is_image for f in in_table.values()) else _BATCH_ROWS
         for batch in table.batches(rows_at_once):
             episode, frame = batch.integers("episode_index"), batch.integers("frame_index")
@@ -151,9 +163,9 @@ def _read_tables(
             for key, feature in in_table.items():
                 out[key][target + frame] = batch.values(key, feature, rows)
     _check_complete(entries, ends, times)
+    _check_rate(entries, ends, times, layout)
     if filled != len(times):
         raise DipoleError(f"{layout.root}: the tables hold {filled - len(times)} frames twice: the dataset is damaged")
-    return times
 
 
 def _check_complete(entries: Sequence[Entry], ends: np.ndarray, times: np.ndarray) -> None:
@@ -163,6 +175,19 @@ def _check_complete(entries: Sequence[Entry], ends: np.ndarray, times: np.ndarra
         entry = entries[number]
         raise DipoleError(
             f"{entry.data} lacks frames of episode {entry.index}, which should have {entry.length}: download it again"
+        )
+
+
+def _check_rate(entries: Sequence[Entry], ends: np.ndarray, times: np.ndarray, layout: Layout) -> None:
+    """Refuse episodes that were recorded at another rate than the set's; jitter and a lost frame now and then pass."""
+    lengths = np.array([entry.length for entry in entries])
+    steps = (times[ends - 1] - times[ends - lengths]) / np.maximum(lengths - 1, 1)
+    wrong = (lengths > 1) & (np.abs(steps * layout.fps - 1) > _RATE_TOLERANCE)
+    if wrong.any():
+        entry, step = entries[int(wrong.argmax())], float(steps[wrong][0])
+        raise DipoleError(
+            f"{entry.data}: the frames of episode {entry.index} are {step:.4f} s apart, but 'fps' in {layout.info} is "
+            f"{layout.fps:g}: record or resample all episodes at one rate"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,16 @@ from dipole.data.features import Feature
 from dipole.data.formats.files import existing
 from dipole.errors import DipoleError
 
+# What pyarrow raises for damaged files; names of columns that are no UTF-8 come as they are.
+PARQUET_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
 
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Open a parquet file, or raise a DipoleError that names it."""
     existing(path)
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_DAMAGE as error:
         raise DipoleError(f"{path} is not a whole parquet file ({_line(error)}): download it again") from None
 
 
@@ -30,12 +33,13 @@ class Table:
     Args:
         path: The file.
         features: The columns that will be read.
+        packed: Those whose pictures are given as they are stored, not decoded.
 
     Raises:
         DipoleError: The file is damaged, or a column is missing.
     """
 
-    def __init__(self, path: Path, features: Mapping[str, Feature]) -> None:
+    def __init__(self, path: Path, features: Mapping[str, Feature], packed: Collection[str] = ()) -> None:
         self.path = path
         self._file = open_parquet(path)
         present = self._file.schema_arrow.names
@@ -44,8 +48,9 @@ class Table:
         if absent:
             raise DipoleError(f"{path} has no column '{absent[0]}': it has {', '.join(present)}")
         self._decoders = {}
+        self._packed = frozenset(packed)
         for key, feature in features.items():
-            if feature.is_image:
+            if feature.is_image and key not in self._packed:
                 from dipole.data.formats.png import Decoder
 
                 self._decoders[key] = Decoder(feature.shape)
@@ -55,7 +60,7 @@ class Table:
         try:
             for piece in self._file.iter_batches(batch_size=rows, columns=self._keys):
                 yield Batch(self, piece)
-        except (pa.ArrowException, OSError) as error:
+        except PARQUET_DAMAGE as error:
             raise DipoleError(f"{self.path} is damaged ({_line(error)}): download it again") from None
 
 
@@ -81,12 +86,16 @@ class Batch:
         return times
 
     def values(self, key: str, feature: Feature, rows: np.ndarray) -> np.ndarray:
-        """Return the given rows of a column: `[len(rows), *shape]`; texts are `[len(rows)]` Python strings."""
+        """Return the given rows of a column: `[len(rows), *shape]`; texts are `[len(rows)]` Python strings.
+
+        Pictures of a `packed` column are `[len(rows)]` bytes.
+        """
         column = self._column(key)
         if len(rows) != len(self._piece):
             column = column.take(pa.array(rows))
         if feature.is_image:
-            return self._pictures(key, column, feature)
+            packed = self._packed_pictures(key, column)
+            return packed if key in self._table._packed else self._pictures(key, packed, feature)
         if feature.is_string:
             if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
                 raise DipoleError(f"{self._table.path}: '{key}' is {column.type}, its feature says string")
@@ -127,18 +136,26 @@ class Batch:
             "table and description do not belong together"
         )
 
-    def _pictures(self, key: str, column: pa.Array, feature: Feature) -> np.ndarray:
+    def _packed_pictures(self, key: str, column: pa.Array) -> np.ndarray:
         if not pa.types.is_struct(column.type) or "bytes" not in [field.name for field in column.type]:
             raise DipoleError(f"{self._table.path}: '{key}' is {column.type}, it must hold pictures (bytes, path)")
+        stored = column.field("bytes")
+        if not (pa.types.is_binary(stored.type) or pa.types.is_large_binary(stored.type)):
+            raise DipoleError(f"{self._table.path}: '{key}' holds {stored.type}, it must hold pictures as bytes")
+        if stored.null_count:
+            raise DipoleError(
+                f"{self._table.path}: '{key}' names picture files instead of holding them: convert it to v3.0"
+            )
+        packed = np.empty(len(stored), dtype=object)
+        packed[:] = stored.to_pylist()
+        return packed
+
+    def _pictures(self, key: str, packed: np.ndarray, feature: Feature) -> np.ndarray:
         decoder = self._table._decoders[key]
-        images = np.empty((len(column), *feature.shape), dtype=np.uint8)
-        for row, data in enumerate(column.field("bytes")):
-            if not data.is_valid:
-                raise DipoleError(
-                    f"{self._table.path}: '{key}' names picture files instead of holding them: convert it to v3.0"
-                )
+        images = np.empty((len(packed), *feature.shape), dtype=np.uint8)
+        for row, data in enumerate(packed):
             try:
-                images[row] = decoder.decode(data.as_py())
+                images[row] = decoder.decode(data)
             except DipoleError as error:
                 raise DipoleError(f"{self._table.path}: '{key}' holds {error}") from None
         return images

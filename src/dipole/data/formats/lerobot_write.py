@@ -150,7 +150,9 @@ def _write_videos(episodes: Episodes, key: str, root: Path, codec: str) -> dict[
         path = root / place(VIDEO_PATH, number, key)
         path.parent.mkdir(parents=True, exist_ok=True)
         first, last = int(episodes.starts[group[0]]), int(episodes.ends[group[-1]])
-        video.write_frames(path, (episodes.columns[key][i] for i in range(first, last)), episodes.fps, codec)
+        pictures = iter(episodes.columns[key][first:last])
+        starts = {int(episodes.starts[index]) - first for index in group}
+        video.write_frames(path, pictures, episodes.fps, codec, starts)
         for index in group:
             row = (
                 number // FILES_PER_CHUNK,
@@ -198,7 +200,7 @@ def _write_meta(
         pq.write_table(pa.table(table), sink, compression="snappy")
     tasks = _tasks(episodes)
     with create(root / "meta/tasks.parquet") as sink:
-        pq.write_table(_tasks_table(tasks), sink)
+        pq.write_table(tasks_table(tasks), sink)
     _write_json(root / "meta/stats.json", _total_stats(episodes, features))
     video = [key for key, feature in features.items() if feature.dtype == "video"]
     whole = float(episodes.fps).is_integer()
@@ -220,7 +222,7 @@ def _write_meta(
     _write_json(root / "meta/info.json", info)
 
 
-def _tasks_table(tasks: tuple[str, ...]) -> pa.Table:
+def tasks_table(tasks: tuple[str, ...]) -> pa.Table:
     """Return the table of tasks with the sentence as the unnamed pandas index, the form LeRobot 0.4 writes."""
     index = "__index_level_0__"
     table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})

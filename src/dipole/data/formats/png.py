@@ -68,7 +68,7 @@ class Decoder:
             raise DipoleError(f"a damaged picture ({error.strerror})") from None
         if len(frames) != 1:
             raise DipoleError("a damaged picture (it holds no frame)")
-        image: np.ndarray = frames[0].to_ndarray(format=_FORMAT[self._shape[2]])
+        image: np.ndarray = frames[0].to_ndarray(format=_FORMAT[self._shape[2]], threads=1)
         image = image.reshape(*image.shape[:2], -1)
         if image.shape != self._shape:
             raise DipoleError(f"a picture of shape {image.shape}, its feature says {self._shape}")

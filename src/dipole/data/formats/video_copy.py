@@ -11,18 +11,10 @@ import numpy as np
 
 from dipole.data.formats import video
 from dipole.data.formats.files import existing
-from dipole.errors import DipoleError, MissingExtraError
+from dipole.errors import DipoleError
 
 # Video files hold times in fractions of a second that need not hit a frame's time exactly.
 _HALF_FRAME = 0.5
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError:
-        raise MissingExtraError("av", "data") from None
-    return av
 
 
 def cut(source: Path, start: float, count: int, fps: float, out: Path) -> bool:
@@ -42,10 +34,10 @@ def cut(source: Path, start: float, count: int, fps: float, out: Path) -> bool:
     Raises:
         DipoleError: The video is damaged or too short.
     """
-    av = _av()
+    av = video.av_module()
     try:
-        with av.open(str(existing(source))) as container:
-            stream = _video_stream(container, source)
+        with video.open_video(existing(source)) as container:
+            stream = container.streams.video[0]
             packets = _stretch(container, stream, start, count, fps)
             if packets is not None:
                 shift = min(packet.pts for packet in packets)
@@ -61,12 +53,6 @@ def cut(source: Path, start: float, count: int, fps: float, out: Path) -> bool:
     video.read_frames(source, start + np.arange(count) / fps, frames)
     video.write_frames(out, iter(frames), fps, codec)
     return False
-
-
-def _video_stream(container: Any, path: Path) -> Any:
-    if not container.streams.video:
-        raise DipoleError(f"{path} holds no video")
-    return container.streams.video[0]
 
 
 def _stretch(container: Any, stream: Any, start: float, count: int, fps: float) -> list[Any] | None:
@@ -131,10 +117,10 @@ class Joiner:
         Raises:
             DipoleError: The video is damaged, or has another number of frames.
         """
-        av = _av()
+        av = video.av_module()
         try:
-            with av.open(str(existing(source))) as container:
-                stream = _video_stream(container, source)
+            with video.open_video(existing(source)) as container:
+                stream = container.streams.video[0]
                 context = stream.codec_context
                 form = (context.name, context.width, context.height, context.pix_fmt, bytes(context.extradata or b""))
                 packets = [packet for packet in container.demux(stream) if packet.pts is not None]

@@ -96,6 +96,22 @@ def link_away(root):
     (root / FRAMES).symlink_to(outside)
 
 
+def link_meta_away(name):
+    def damage(root):
+        outside = root.parent / "outside"
+        shutil.move(root / name, outside)
+        (root / name).symlink_to(outside)
+
+    return damage
+
+
+def rename_column_to_noise(root):
+    """A name in the table's own description that is no UTF-8."""
+    data = (root / FRAMES).read_bytes()
+    assert data.count(b"next.reward") > 1
+    (root / FRAMES).write_bytes(data.replace(b"next.reward", b"next\xff\xfeeward"))
+
+
 STATES = [[0.0] * 4] * 9
 NAN = [[0.0] * 4] * 6 + [[0.0, float("nan"), 0.0, 0.0]] + [[0.0] * 4] * 2
 PNG = {"bytes": b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "path": None}
@@ -133,6 +149,14 @@ DAMAGES = {
     "template upwards": (info(data_path="../{chunk_index}/x.parquet"), "outside that folder: refused"),
     "template absolute": (info(data_path="/etc/passwd"), "outside that folder: refused"),
     "link out of the folder": (link_away, "outside that folder: refused"),
+    "description linked": (link_meta_away(INFO), "outside that folder: refused"),
+    "tasks linked": (link_meta_away(TASKS), "outside that folder: refused"),
+    "episodes linked": (link_meta_away(EPISODES), "outside that folder: refused"),
+    "mixed rates": (
+        column(FRAMES, "timestamp", pa.array([*(t / 10 for t in range(5)), *(t / 20 for t in range(4))], pa.float32())),
+        r"frames of episode 1 are 0.0500 s apart, but 'fps' in .*info.json is 10",
+    ),
+    "names not UTF-8": (rename_column_to_noise, "file-000.parquet"),
     "no table": (remove(FRAMES), "file-000.parquet is missing"),
     "table cut": (cut(FRAMES), "not a whole parquet file"),
     "table empty": (text(FRAMES, ""), "not a whole parquet file"),
@@ -192,7 +216,10 @@ VIDEO_DAMAGES = {
     "video empty": (text(VIDEO, ""), "file-000.mp4 cannot be decoded"),
     "video is text": (text(VIDEO, "no video " * 100), "file-000.mp4 cannot be decoded"),
     "video of another size": (info(features__observationDOTimagesDOTtop__shape=[16, 20, 3]), "frames of 16 x 18"),
-    "video of another rate": (column(FRAMES, "timestamp", [t / 7 for t in (*range(5), *range(4))]), "has no frame at"),
+    "video of another rate": (
+        column(FRAMES, "timestamp", [t / 10 + 0.05 for t in (*range(5), *range(4))]),
+        "has no frame at",
+    ),
     "video too short": (
         column(EPISODES, "videos/observation.images.top/from_timestamp", [0.0, 0.7]),
         "ends before",
@@ -261,7 +288,50 @@ def line(path, number, change):
     return damage
 
 
+OLD_FRAMES = "data/chunk-000/episode_000001.parquet"
+OLD_VIDEO = "videos/chunk-000/observation.images.top/episode_000001.mp4"
+
+
+def short_video(root):
+    from dipole.data.formats import video
+
+    video.write_frames(root / OLD_VIDEO, np.zeros((3, 64, 64, 3), np.uint8), 10, "h264")
+
+
+def title_not_text(root):
+    """Put a title into a video that is no UTF-8, which no one reads: no damage."""
+    data = (root / OLD_VIDEO).read_bytes()
+    assert b"Lavf" in data
+    (root / OLD_VIDEO).write_bytes(data.replace(b"Lavf", b"\xff\xfevf"))
+
+
+def state_column(values):
+    return lambda root: column(OLD_FRAMES, "observation.state", values(pq.read_table(root / OLD_FRAMES)))(root)
+
+
 OLD_DAMAGES = {
+    "a table cut": (cut(OLD_FRAMES), "episode_000001.parquet is not a whole parquet file"),
+    "a column missing": (column(OLD_FRAMES, "observation.state"), "episode_000001.parquet has no column"),
+    "states are text": (state_column(lambda t: ["a"] * len(t)), "'observation.state' holds string"),
+    "states are ragged": (state_column(lambda t: [[0.0]] * len(t)), "holds rows of 1"),
+    "states are NaN": (
+        lambda root: state_column(lambda t: [[float("nan")] * len(row) for row in t["observation.state"]])(root),
+        "'observation.state' holds NaN or infinity, first in episode 1, frame 0",
+    ),
+    "mixed rates": (
+        lambda root: column(
+            OLD_FRAMES, "timestamp", pa.array([i / 25 for i in range(pq.read_table(root / OLD_FRAMES).num_rows)], "f4")
+        )(root),
+        "frames of episode 1 are 0.0400 s apart|has no frame at",
+    ),
+    "a video too short": (short_video, "episode_000001.mp4 ends before"),
+    "a video cut": (cut(OLD_VIDEO), "episode_000001.mp4"),
+    "tasks not text": (lambda root: (root / "meta/tasks.jsonl").write_bytes(b'{"task": "\xff"}'), "is not UTF-8"),
+    "template upwards": (info(data_path="../{episode_chunk}/{episode_index}.parquet"), "outside that folder: refused"),
+    "video template upwards": (info(video_path="/etc/{video_key}"), "outside that folder: refused"),
+    "link out of the folder": (link_meta_away(OLD_FRAMES), "outside that folder: refused"),
+    "an absurd length": (line("meta/episodes.jsonl", 1, {"length": 2**62}), "has length"),
+    "an absurd number": (line("meta/episodes.jsonl", 1, {"episode_index": 2**39}), "repeat or are absurd"),
     "no episodes listed": (remove("meta/episodes.jsonl"), "episodes.jsonl is missing"),
     "an episode cut": (line("meta/episodes.jsonl", 1, '{"episode_index": 1, "len'), "episodes.jsonl is not valid JSON"),
     "an episode is a number": (line("meta/episodes.jsonl", 1, "17"), "one JSON object per line"),
@@ -297,3 +367,10 @@ def test_version_2_0_is_read(tmp_path):
     (root / "meta/episodes_stats.jsonl").unlink()
     info(codebase_version="v2.0")(root)
     assert lerobot.read(root, images=False).num_frames == 33
+
+
+def test_a_title_that_is_no_text_does_no_harm(tmp_path):
+    pytest.importorskip("av")
+    root = shutil.copytree(FIXTURES / "lerobot_dataset_v21", tmp_path / "set")
+    title_not_text(root)
+    assert lerobot.read(root).num_frames == 33

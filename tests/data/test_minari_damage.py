@@ -169,6 +169,11 @@ def contradicting_options(file):
     file[FIRST].attrs["options/a"] = 1
 
 
+def linked_file(folder):
+    shutil.move(folder / MAIN, folder.parent / "elsewhere.hdf5")
+    (folder / MAIN).symlink_to(folder.parent / "elsewhere.hdf5")
+
+
 ACTIONS, REWARDS = f"{FIRST}/actions", f"{FIRST}/rewards"
 STATE, IMAGE = f"{FIRST}/observations/state", f"{FIRST}/observations/image"
 FORM = "store all in the same form"
@@ -236,6 +241,7 @@ HDF5_DAMAGE = {
     "virtual dataset": (virtual_dataset, "data in other files: refused"),
     "external storage": (external_storage, "data in other files: refused"),
     "plug-in": (plug_in, "needs the HDF5 plug-in 32001"),
+    "link out of the folder": (linked_file, "lies outside that folder: refused"),
     # absurd sizes
     "absurd length": (declare(REWARDS, (10**12,), "f8", (1024,)), HUGE),
     "absurd row": (declare(STATE, (6, 10**9, 3), "f4", (1, 1024, 3)), HUGE),

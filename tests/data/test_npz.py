@@ -115,6 +115,35 @@ def with_objects(path):
     return archive(path, actions=objects.getvalue() + pickle.dumps([Evil()]))
 
 
+def zip_field(offset, value, signature=b"PK\x01\x02"):
+    """Return a damager that changes a 16-bit field of the first entry in the archive's directory (or `signature`)."""
+
+    def make(path):
+        save(path, **PLAIN)
+        data = bytearray(path.read_bytes())
+        place = data.index(signature) + offset
+        data[place : place + 2] = value.to_bytes(2, "little")
+        path.write_bytes(bytes(data))
+        return path
+
+    return make
+
+
+def with_header(text):
+    """Return a damager that makes an archive whose array has another header."""
+    header = text.encode("latin1").ljust(117) + b"\n"
+    return lambda path: archive(path, actions=b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+def linked(path):
+    """A folder whose archive is a link to somewhere else."""
+    save(path.parent / "elsewhere.npz", **PLAIN)
+    folder = path.parent / "set"
+    folder.mkdir()
+    (folder / "train.npz").symlink_to(path.parent / "elsewhere.npz")
+    return folder
+
+
 def half(path):
     save(path, **PLAIN)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -141,6 +170,21 @@ DAMAGES = {
     "half a file": (half, "not a whole numpy archive"),
     "garbled": (garbled, "a.npz"),
     "text": (lambda path: path.write_text("hello") and path, "not a whole numpy archive"),
+    "newer zip": (zip_field(6, 255), "not a whole numpy archive .*version 25.5"),
+    "encrypted zip": (zip_field(8, 1), "not a whole numpy archive .*encr"),
+    "unknown compression": (zip_field(10, 77), "not a whole numpy archive"),
+    "another compression": (zip_field(10, 14), "not a whole numpy archive"),
+    "name not UTF-8": (zip_field(46, 0xFFFF), "not a whole numpy archive"),
+    "header cut": (with_header("{'descr': '<f4', 'shape': ((("), "not a whole numpy archive"),
+    "header deep": (with_header("(" * 100), "not a whole numpy archive"),
+    "header of nothing": (with_header("{'descr': '<f4', 'shape': (2.5,), 'fortran_order': 0}"), "not a whole numpy"),
+    "header of texts": (with_header("{'descr': '<U0', 'shape': (3,), 'fortran_order': False}"), "a.npz"),
+    "shorter rows": (
+        without(actions=np.zeros((6, 2)), states=np.zeros((6, 3))),
+        "'action.*' has 6 rows, but the episodes have 7 frames",
+    ),
+    "flat frames": (without(actions=np.zeros((7, 2, 0))), "every size must be at least 1"),
+    "linked": (linked, "lies outside that folder: refused"),
     "not numpy inside": (lambda path: archive(path, actions=b"hello"), "not a whole numpy archive"),
     "objects": (with_objects, "'actions' is of type object.*never Python objects"),
     "absurd size": (lambda path: archive(path, actions=member((10**9, 10**9), b"\0" * 16)), "more than the file holds"),

@@ -116,7 +116,37 @@ def garble(root):
     chunk.write_bytes(b"\xaa" * len(chunk.read_bytes()))
 
 
+def group_for_an_array(root):
+    shutil.rmtree(root / "meta/episode_ends")
+    shutil.copytree(root / "data", root / "meta/episode_ends")
+
+
+def link_chunk(root):
+    shutil.move(root / "data/action/0.0", root.parent / "elsewhere")
+    (root / "data/action/0.0").symlink_to(root.parent / "elsewhere")
+
+
+def link_group(root):
+    shutil.move(root / "data", root.parent / "elsewhere")
+    (root / "data").symlink_to(root.parent / "elsewhere")
+
+
 DAMAGES = {
+    "ends are a group": (group_for_an_array, "'meta/episode_ends' is a group, an array was expected"),
+    "chunks of no size": (
+        change("data/action/.zarray", chunks=[0, 2]),
+        r"announces shape .* chunks of \(0, 2\)|cannot",
+    ),
+    "absurd chunks": (change("data/action/.zarray", chunks=[10**9, 10**9]), "announces shape .* in chunks of"),
+    "absurdly many chunks": (change("data/action/.zarray", shape=[10**13, 2], chunks=[1, 2]), "lacks .* chunk files"),
+    "ends are floats": (change("meta/episode_ends/.zarray", dtype="<f8"), "whole numbers|cannot be unpacked"),
+    "texts for numbers": (change("data/action/.zarray", dtype="<U4"), "only numbers are read|cannot"),
+    "description not UTF-8": (
+        lambda root: (root / "data/action/.zarray").write_bytes(b'{"a": "\xff"}'),
+        "cannot be read",
+    ),
+    "link out of the folder": (link_chunk, "lies outside that folder: refused"),
+    "linked group": (link_group, "lies outside that folder: refused"),
     "no group": (lambda root: (root / ".zgroup").unlink(), "not a whole zarr group"),
     "group garbled": (lambda root: (root / ".zgroup").write_text("{"), "not a whole zarr group"),
     "no data": (lambda root: shutil.rmtree(root / "data"), "has no 'data'"),
@@ -129,7 +159,7 @@ DAMAGES = {
         change("data/action/.zarray", shape=[15, 2], chunks=[20, 2]),
         "'action' has 15 rows, .* 20",
     ),
-    "absurd size": (change("data/action/.zarray", shape=[10**12, 10**6], chunks=[10**12, 10**6]), "needs .* GiB"),
+    "absurd size": (change("data/action/.zarray", shape=[10**12, 10**6], chunks=[20, 2]), "lacks .* chunk files"),
     "unknown codec": (change("data/action/.zarray", compressor={"id": "imagecodecs_jpeg2k"}), "cannot be read.*codec"),
     "objects": (pickled, "cannot be read"),
 }

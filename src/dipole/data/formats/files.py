@@ -94,8 +94,7 @@ def inside(root: Path, relative: str) -> Path:
     base = root.resolve()
     path = (base / relative).resolve()
     homes = [base]
-    if base.parent.name == "snapshots":
-        homes.append(base.parent.parent / "blobs")
+    homes += [folder.parent.parent / "blobs" for folder in (base, *base.parents) if folder.parent.name == "snapshots"]
     if not any(path.is_relative_to(home) for home in homes):
         raise DipoleError(f"{root} names the file '{relative}', which lies outside that folder: refused")
     return root / relative

@@ -24,7 +24,7 @@ from dipole.data.features import IMPLICIT, TASK_INDEX, Feature
 from dipole.data.formats import lerobot, lerobot_layout
 from dipole.data.formats.files import read_json, read_json_lines
 from dipole.data.formats.lerobot_layout import Entry, Layout
-from dipole.data.formats.lerobot_table import open_parquet
+from dipole.data.formats.lerobot_table import PARQUET_DAMAGE, open_parquet
 from dipole.errors import DipoleError
 
 STATISTICS = ("min", "max", "mean", "std", "count")
@@ -104,7 +104,7 @@ def _read(path: Path) -> pa.Table:
     try:
         table = file.read()
         table.validate()
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_DAMAGE as error:
         raise DipoleError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): download it again") from None
     return table
 
@@ -181,7 +181,7 @@ def _stored_stats_v3(source: Source) -> dict[int, Stats]:
             continue
         try:
             listed = file.read(columns=["episode_index", *names]).to_pylist()
-        except (pa.ArrowException, OSError):
+        except PARQUET_DAMAGE:
             raise DipoleError(f"{path} is damaged: download it again") from None
         for row in listed:
             stats: Stats = {}

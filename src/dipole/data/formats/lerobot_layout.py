@@ -14,7 +14,7 @@ import pyarrow as pa
 from dipole.data.features import IMPLICIT, Feature
 from dipole.data.formats.files import entry as get
 from dipole.data.formats.files import fill, inside, read_json, read_json_lines
-from dipole.data.formats.lerobot_table import open_parquet
+from dipole.data.formats.lerobot_table import PARQUET_DAMAGE, open_parquet
 from dipole.errors import DipoleError
 
 _LEFT_OUT = ("language",)
@@ -67,7 +67,7 @@ def read(root: Path) -> Layout:
     Raises:
         DipoleError: It is missing, damaged, inconsistent, or of an unknown version.
     """
-    path = root / "meta" / "info.json"
+    path = inside(root, "meta/info.json")
     info = read_json(path)
     version = get(info, "codebase_version", str, path)
     described = get(info, "features", dict, path)
@@ -156,6 +156,7 @@ def _entries_v3(root: Path, info: Mapping[str, Any], path: Path, video: list[str
     columns += [f"videos/{key}/{name}" for key in video for name in ("chunk_index", "file_index", "from_timestamp")]
     entries = []
     for file in files:
+        inside(root, str(file.relative_to(root)))
         for row in _rows(file, columns):
             data = fill(data_path, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
             videos = {}
@@ -178,7 +179,7 @@ def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
             raise DipoleError(f"{path}: '{name}' is {kind}, it must be a number")
     try:
         rows: list[dict[str, Any]] = file.read(columns=columns).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_DAMAGE as error:
         raise DipoleError(f"{path} is damaged ({error}): download it again") from None
     for row in rows:
         empty = [name for name in columns if row[name] is None]
@@ -189,7 +190,7 @@ def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
 
 def _tasks_v3(root: Path) -> dict[int, str]:
     """Read `meta/tasks.parquet`: the sentence is an unnamed pandas index, an index named `task`, or a column."""
-    path = root / "meta" / "tasks.parquet"
+    path = inside(root, "meta/tasks.parquet")
     file = open_parquet(path)
     names = file.schema_arrow.names
     text = [name for name in ("task", "__index_level_0__") if name in names]
@@ -197,14 +198,14 @@ def _tasks_v3(root: Path) -> dict[int, str]:
         raise DipoleError(f"{path} must have 'task_index' and the sentences as index or column 'task': {names}")
     try:
         table = file.read(columns=["task_index", text[0]])
-    except (pa.ArrowException, OSError) as error:
+    except PARQUET_DAMAGE as error:
         raise DipoleError(f"{path} is damaged ({error}): download it again") from None
     pairs = zip(table.column("task_index").to_pylist(), table.column(text[0]).to_pylist(), strict=True)
     return _tasks(list(pairs), path)
 
 
 def _tasks_v2(root: Path) -> dict[int, str]:
-    path = root / "meta" / "tasks.jsonl"
+    path = inside(root, "meta/tasks.jsonl")
     return _tasks([(get(r, "task_index", int, path), get(r, "task", str, path)) for r in read_json_lines(path)], path)
 
 
@@ -219,7 +220,7 @@ def _tasks(pairs: list[tuple[Any, Any]], path: Path) -> dict[int, str]:
 
 def _entries_v2(root: Path, info: Mapping[str, Any], path: Path, video: list[str]) -> list[Entry]:
     """Read `meta/episodes.jsonl`; every episode has its own files."""
-    listing = root / "meta" / "episodes.jsonl"
+    listing = inside(root, "meta/episodes.jsonl")
     data_path = get(info, "data_path", str, path)
     video_path = get(info, "video_path", str, path) if video else ""
     chunk_size = get(info, "chunks_size", int, path)

@@ -23,7 +23,7 @@ from dipole.data.formats.lerobot_arrow import (
     place,
 )
 from dipole.data.formats.lerobot_convert import Report, Source, Stats
-from dipole.data.formats.lerobot_write import _tasks_table
+from dipole.data.formats.lerobot_write import tasks_table
 from dipole.data.formats.video_copy import Joiner
 from dipole.errors import DipoleError
 
@@ -122,7 +122,7 @@ def _write_meta(source: Source, root: Path, columns: Columns, stats: list[Stats]
         raise DipoleError(f"{source.layout.root}: the statistics differ in form between episodes ({reason})") from None
     with create(root / "meta/episodes/chunk-000/file-000.parquet") as sink:
         pq.write_table(table, sink, compression="snappy")
-    tasks = _tasks_table(tuple(source.layout.tasks.values()))
+    tasks = tasks_table(tuple(source.layout.tasks.values()))
     numbers = pa.array(list(source.layout.tasks), pa.int64())
     with create(root / "meta/tasks.parquet") as sink:
         pq.write_table(tasks.set_column(tasks.schema.get_field_index("task_index"), "task_index", numbers), sink)

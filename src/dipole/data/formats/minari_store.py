@@ -85,7 +85,7 @@ class Hdf5Store:
     """
 
     def __init__(self, folder: Path, jpeg: bool) -> None:
-        self.source = folder / "main_data.hdf5"
+        self.source = inside(folder, "main_data.hdf5")
         self._jpeg = jpeg
         self._file = Hdf5(self.source)
 

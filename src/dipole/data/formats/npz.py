@@ -7,6 +7,8 @@ lies beside the file, states and actions are brought back to physical units. Nam
 
 from __future__ import annotations
 
+import lzma
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,13 +18,27 @@ import numpy as np
 
 from dipole.data.episodes import Episodes
 from dipole.data.formats import raw
-from dipole.data.formats.files import existing
+from dipole.data.formats.files import existing, inside
 from dipole.data.storage import allocate
 from dipole.errors import DipoleError
 
 _ENDS, _LENGTHS = "episode_ends", "traj_lengths"
 _READ_BYTES = 16 * 2**20
 _NORMALIZATION = "normalization.npz"
+# What zipfile, its decompressors and numpy's parser of headers raise for damaged bytes; RuntimeError stands for "needs
+# a password", "an unknown kind of compression" (NotImplementedError) and "nested too deeply" (RecursionError).
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    EOFError,
+    OSError,
+    RuntimeError,
+)
 
 
 def read(path: str | Path, fps: float | None = None, images: bool = True, allow_nan: bool = False) -> Episodes:
@@ -37,7 +53,7 @@ def read(path: str | Path, fps: float | None = None, images: bool = True, allow_
     Raises:
         DipoleError: The file is damaged, or does not say where episodes end.
     """
-    path = Path(path) / "train.npz" if Path(path).is_dir() else Path(path)
+    path = inside(Path(path), "train.npz") if Path(path).is_dir() else Path(path)
     arrays = read_arrays(path)
     if _ENDS in arrays:
         ends = arrays.pop(_ENDS)
@@ -52,12 +68,16 @@ def read(path: str | Path, fps: float | None = None, images: bool = True, allow_
     rows = {len(array) for array in arrays.values() if array.ndim}
     if rows and frames not in rows:
         raise DipoleError(f"{path}: the episodes have {frames} frames, but the arrays have {sorted(rows)} rows")
+    for key in raw.NAMED.intersection(arrays):
+        if arrays[key].ndim == 0 or len(arrays[key]) != frames:
+            rows_of = len(arrays[key]) if arrays[key].ndim else "no"
+            raise DipoleError(f"{path}: '{key}' has {rows_of} rows, but the episodes have {frames} frames")
     columns = {key: array for key, array in arrays.items() if array.ndim and len(array) == frames}
     if not images:
         columns = {key: column for key, column in columns.items() if column.ndim < 4}
     beside = path.parent / _NORMALIZATION
     if "states" in columns and "actions" in columns and beside.is_file():
-        columns |= _physical(columns, read_arrays(beside), beside)
+        columns |= _physical(columns, read_arrays(inside(path.parent, _NORMALIZATION)), beside)
     return raw.to_episodes(columns, ends, path, fps, allow_nan)
 
 
@@ -85,8 +105,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 name = item.filename.removesuffix(".npy")
                 with archive.open(item) as file:
                     arrays[name] = _read_array(file, item.file_size, f"{path}: '{name}'")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zlib.error) as error:
-        raise DipoleError(f"{path} is not a whole numpy archive ({error}): copy or download it again") from None
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DipoleError(f"{path} is not a whole numpy archive ({reason}): copy or download it again") from None
     return arrays
 
 

@@ -38,6 +38,8 @@ _NAMES = {
     SUCCESS: ("success", "successes"),
 }
 _FEATURE_OF = {name: key for key, names in _NAMES.items() for name in names}
+# The names that are known to hold one row per frame.
+NAMED = frozenset(_FEATURE_OF)
 _FLAGS = (DONE, TRUNCATED, SUCCESS)
 _CHUNK_ROWS = 256
 

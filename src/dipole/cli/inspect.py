@@ -7,15 +7,18 @@ Examples:
   dipole inspect runs/demos
   dipole inspect lerobot/pusht --no-images --json
   dipole inspect demos.npz --plot runs/demos-plots
+  dipole inspect runs/demos --fix runs/demos-mended
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
+
+from dipole.errors import DipoleError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +38,9 @@ class Args:
     """Also read pictures and videos."""
     plot: Path | None = None
     """Draw lengths, actions and camera pictures into this folder."""
+    fix: Path | None = None
+    """Write a mended LeRobotDataset into this new folder, without episodes that hold NaN or are copies of others, and
+    list what was changed. The dataset itself is left as it is."""
     json: bool = False
     """Print one JSON document and nothing else."""
 
@@ -46,14 +52,21 @@ def run(args: Args) -> None:
     from dipole.data.inspection import inspect
     from dipole.data.loading import load
 
+    if args.fix is not None and not args.images:
+        raise DipoleError("--fix writes the pictures as well: leave --no-images out")
     errors = Console(stderr=True)
     with errors.status(f"reading {args.path}"):
-        episodes = load(args.path, images=args.images, allow_nan=True)
+        episodes = load(args.path, images=args.images, allow_nan=True, stream=None)
         report = {"path": args.path, **inspect(episodes)}
         if args.plot is not None:
             from dipole.data.plots import plot
 
             report["plots"] = [str(file) for file in plot(episodes, report, args.plot)]
+        if args.fix is not None:
+            from dipole.data.repair import repair
+
+            changes = repair(episodes, args.fix)
+            report["fix"] = {"out": str(args.fix) if changes else None, "changes": [asdict(c) for c in changes]}
     if args.json:
         import json
 
@@ -86,6 +99,11 @@ def _show(report: dict[str, Any], console: Console) -> None:
         console.print("[green]no defects found[/]")
     for finding in report["findings"]:
         console.print(f"[{_COLOURS[finding['level']]}]{finding['level']}[/]: {escape(finding['text'])}", soft_wrap=True)
+    if "fix" in report:
+        for change in report["fix"]["changes"]:
+            console.print(f"[bold]changed[/]: {escape(change['text'])}", soft_wrap=True)
+        out = report["fix"]["out"]
+        console.print(f"written: {escape(out)}" if out else "nothing to mend: nothing was written", soft_wrap=True)
     for file in report.get("plots", []):
         console.print(f"drawn: {escape(file)}", soft_wrap=True)
 

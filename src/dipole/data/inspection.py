@@ -161,8 +161,11 @@ def _repeated_frames(episodes: Episodes) -> list[Finding]:
     return [Finding("warning" if share > 0.05 else "note", "repeated_frames", text)]
 
 
-def _repeated_episodes(episodes: Episodes) -> list[Finding]:
+def copies(episodes: Episodes) -> list[tuple[int, int]]:
+    """Return (first, copy) of the episodes whose observed numbers and actions equal those of an earlier one."""
     keys = _low_dim(episodes)
+    if not keys:
+        return []
     seen: dict[bytes, int] = {}
     twins = []
     for number, episode in enumerate(episodes):
@@ -172,7 +175,12 @@ def _repeated_episodes(episodes: Episodes) -> list[Finding]:
         first = seen.setdefault(digest.digest(), number)
         if first != number:
             twins.append((first, number))
-    if not keys or not twins:
+    return twins
+
+
+def _repeated_episodes(episodes: Episodes) -> list[Finding]:
+    twins = copies(episodes)
+    if not twins:
         return []
     text = f"{len(twins)} episodes are copies of others, first {twins[0][1]} of {twins[0][0]}: a validation split leaks"
     return [Finding("warning", "repeated_episodes", text)]

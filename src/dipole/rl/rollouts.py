@@ -139,6 +139,13 @@ class Collector:
         self._history: dict[str, np.ndarray] = {}
         self._features: Tensor | None = None
 
+    def first(self) -> Tensor:
+        """Return the present features `[N, F]`, beginning the first episodes if need be."""
+        if self._features is None:
+            self._begin(range(self.num_envs))
+        assert self._features is not None
+        return self._features
+
     def collect(self, decide: Decide, decisions: int) -> Rollout:
         """Take `decisions` decisions in every row.
 
@@ -149,8 +156,7 @@ class Collector:
         failures = 0
         while len(taken) < decisions:
             try:
-                if self._features is None:
-                    self._begin(range(self.num_envs))
+                self.first()
                 taken.append(self._decide(decide))
                 failures = 0
             except _Died as death:
@@ -161,8 +167,7 @@ class Collector:
         return _stack(taken)
 
     def _decide(self, decide: Decide) -> dict[str, Any]:
-        features = self._features
-        assert features is not None
+        features = self.first()
         decision = decide(features, self._generator("act", self.decisions))
         result = self._execute(decision.chunk)
         self.decisions += 1

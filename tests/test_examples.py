@@ -12,6 +12,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 # What each must have said by its end: an example that stops early or prints nothing is broken.
 SAYS = {
     "bring_your_own_env": "success",
+    "robot_side": "actions sent in",
     "sample_a_mixture": "x held at 0: x is 0e+00",
     "train_fork": "passed the disc on the right",
     "view_flow_as_ddpm": "ratio 1.000000 for the same model",

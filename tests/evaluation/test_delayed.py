@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from dipole.data import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.errors import DipoleError
 from dipole.evaluation import evaluate
-from dipole.evaluation.delay_sweep import DelayResult, parse_latencies, parse_modes, save_delays, sweep_delays
-from dipole.evaluation.delayed import Delay, Link, delayed_runner, executed_policy
 from dipole.evaluation.rollout import rollout
 from dipole.policies import DiffusionPolicy, PolicyConfig
+from dipole.realtime.delay_sweep import DelayResult, parse_latencies, parse_modes, save_delays, sweep_delays
+from dipole.realtime.delayed import Delay, Link, executed_policy, held
 from dipole.realtime.execution import MODES
 
 SEEDS = range(100, 123)  # more than a block of 16, and no multiple of any number of rows below
@@ -29,7 +30,7 @@ def facts(rollouts):
 
 
 def delayed(policy, env, delay, seeds=SEEDS, **options):
-    return rollout(policy, env, seeds, runner=delayed_runner(delay), **options)
+    return rollout(policy, env, seeds, runner=delay.runner, **options)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,14 @@ def test_the_zero_fallback_sends_zeros(toys):
     assert actions[8:10] == [(0, 0, 0)] * 2
 
 
+def test_holding_still_is_zero_for_increments_and_velocities_and_the_last_action_for_the_rest(toys):
+    spec, last = toys.Env(1).spec, np.array([0.5, -0.5], np.float32)
+    for names, expected in ((None, [0.5, -0.5]), (("dx", "gripper"), [0.0, -0.5]), (("target_x", "vy"), [0.5, 0.0])):
+        named = replace(spec, action=Feature("float32", (2,), names))
+        assert held(named, last).tolist() == expected
+        assert held(named, None).tolist() == [0.0, 0.0]
+
+
 def test_links_draw_the_same_whatever_their_settings():
     def draws(link):
         generator = np.random.default_rng(0)
@@ -202,7 +211,7 @@ def test_whole_chunks_where_they_are_needed(diffusion, toys):
         (lambda: Link(math.inf), "not negative"),
         (lambda: Link(0.0, 0.0, 1.0), "below 1"),
         (lambda: Delay("fast"), "unknown execution mode"),
-        (lambda: Delay(fallback="hold"), "knows 'last' and 'zero'"),
+        (lambda: Delay(fallback="stop").controller(1, 1, 1.0), "unknown fallback"),
         (lambda: Delay(timeout_ms=0.0), "timeout_ms"),
         (lambda: parse_latencies("0,soon"), "write milliseconds"),
         (lambda: parse_latencies("-1"), "must not be negative"),
@@ -228,7 +237,7 @@ def test_a_sweep_is_a_table_and_a_picture(toys, tmp_path):
     stored = json.loads((tmp_path / "delays.json").read_text())
     assert [DelayResult(**row) for row in stored["results"]] == results
     pytest.importorskip("matplotlib")
-    from dipole.evaluation.delay_plot import plot_delays
+    from dipole.realtime.delay_plot import plot_delays
 
     for name in ("a.svg", "b.svg"):
         plot_delays(tmp_path / name, results, "toy", "success")

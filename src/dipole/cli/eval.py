@@ -56,8 +56,8 @@ class Args:
     """Fraction of requests that are lost."""
     execution: str | None = None
     """What the robot does meanwhile: sync (default), async-drop, async-blend, rtc ... Several (sync,rtc) or all."""
-    fallback: Literal["last", "zero"] = "last"
-    """What it does without a planned action: the last one again (for targets), or zero (for velocities and steps)."""
+    fallback: Literal["hold", "last", "zero"] = "hold"
+    """What it does without a planned action: hold still, the last action again, or zero."""
     timeout_ms: float | None = None
     """Watchdog: fall back when the newest chunk's observation is this old."""
     videos: int = 0

@@ -38,7 +38,7 @@ class Episode:
         chunks: How often the policy was asked.
         trajectory: If it was to be kept.
         frames: uint8 `[L + 1, H, W, 3]` if it was filmed.
-        execution: How chunks were executed, where that is simulated (see `delayed`); else empty.
+        execution: How chunks were executed, where that is simulated; else empty.
     """
 
     index: int

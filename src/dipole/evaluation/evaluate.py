@@ -22,12 +22,11 @@ import torch
 from dipole.envs.seeds import EVAL_SEED
 from dipole.envs.spec import EnvSpec, Score, VectorEnv
 from dipole.errors import DipoleError
-from dipole.evaluation.delayed import Delay, delayed_runner
 from dipole.evaluation.describe import describe
 from dipole.evaluation.episode import Episode, Rollouts
 from dipole.evaluation.latency import count_network_calls, measure_latency
 from dipole.evaluation.machine import machine, versions
-from dipole.evaluation.rollout import observation_keys, rollout
+from dipole.evaluation.rollout import Loop, observation_keys, rollout
 from dipole.evaluation.seeds import episode_seeds
 from dipole.evaluation.statistics import Estimate, bootstrap, wilson
 from dipole.evaluation.video import tile, write_mp4
@@ -51,7 +50,7 @@ class Evaluation:
         score: Mean score with its bootstrap interval (that of `success` where success is the score).
         length: Mean number of environment steps with its bootstrap interval.
         episodes: Columns with one entry per episode: `seed`, `success`, `score`, `return`, `max_reward`, `length`,
-            `terminated`, `truncated`, `chunks`; with a simulated delay also `execution.*` (see `Counters`).
+            `terminated`, `truncated`, `chunks`; with a simulated delay also `execution.*`.
         fingerprint: Digest of environment, settings and `episodes`.
         settings: What decides the result besides policy, environment and seeds.
         policy: Which policy it was (see `describe`), with its counted `nfe`.
@@ -123,7 +122,7 @@ def evaluate(
     latency_calls: int = 50,
     confidence: float = 0.95,
     progress: Callable[[Episode], None] | None = None,
-    delay: Delay | None = None,
+    delay: Loop | None = None,
 ) -> Evaluation:
     """Evaluate a policy on the episodes with seeds `seed, seed + 1, ...`.
 
@@ -143,7 +142,7 @@ def evaluate(
         latency_calls: Chunks to time at batch 1; 0 for none.
         confidence: Coverage of the intervals.
         progress: Called with each finished episode.
-        delay: Let chunks come late, as set out in `delayed`; None: the world waits for the policy.
+        delay: Let chunks come late (see `dipole.realtime.delayed`); None: the world waits for the policy.
 
     Raises:
         DipoleError: Policy and environment do not fit, or an action or reward is not finite.
@@ -155,7 +154,7 @@ def evaluate(
         runs = rollout(
             policy, vector, seeds, block=block, film=range(videos), max_steps=max_steps,
             stop_on_success=stop_on_success, progress=progress,
-            runner=None if delay is None else delayed_runner(delay),
+            runner=None if delay is None else delay.runner,
         )  # fmt: skip
         timing, nfe = _measure(policy, vector, runs, seeds[0], latency_calls)
         spec = vector.spec

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def rollout(
     max_steps: int | None = None,
     stop_on_success: bool | None = None,
     progress: Progress | None = None,
-    runner: Callable[[Policy, VectorEnv, Sequence[int], int], Runner] | None = None,
+    runner: MakeRunner | None = None,
 ) -> Rollouts:
     """Run one episode per seed.
 
@@ -67,7 +68,7 @@ def rollout(
         max_steps: Longest episode; default the environment's.
         stop_on_success: Whether the first success ends an episode; default: if success is what the environment scores.
         progress: Called with each finished episode.
-        runner: Makes the loop; default: the world waits for the policy (see `delayed` for one where it does not).
+        runner: Makes the loop; default: the world waits for the policy (`dipole.realtime.delayed` has another).
 
     Returns:
         The episodes, in the order of `seeds`.
@@ -218,6 +219,17 @@ class Runner:
     def _executed(self, row: int) -> dict[str, int]:
         """Return what there is to say about how the chunks of a finished row were executed."""
         return {}
+
+
+MakeRunner = Callable[[Policy, VectorEnv, Sequence[int], int], Runner]
+"""Makes the loop for a policy, its environments, the seeds and the rows per call of the policy."""
+
+
+class Loop(Protocol):
+    """Another loop than `Runner`, described by a dataclass, which goes into the record of an evaluation."""
+
+    def runner(self, policy: Policy, env: VectorEnv, seeds: Sequence[int], block: int) -> Runner:
+        """Return the loop."""
 
 
 def observation_keys(policy: Policy, env: VectorEnv) -> list[str]:

@@ -156,6 +156,12 @@ class Controller:
         fps: Ticks per second.
         retry: Seconds after which an answer is taken for lost and asked for again.
         watchdog: Default: one that never trips.
+
+    Attributes:
+        queue: The plan.
+        delay: The last delays, in ticks.
+        counters: What happened since the last reset.
+        last: The action of the last tick that had one, `[Da]`.
     """
 
     def __init__(
@@ -185,7 +191,7 @@ class Controller:
         self._last_asked = 0
         self._again = False  # the last answer was an error
         self._newest = -1  # tick of the observation of the newest chunk
-        self._last: np.ndarray | None = None
+        self.last: np.ndarray | None = None
 
     def wants(self, now: int) -> bool:
         """Return whether to ask for a chunk with the observation of tick `now`."""
@@ -251,7 +257,7 @@ class Controller:
             return Command(None, "none", state)
         self.counters.fallback += source == "fallback"
         self.counters.ticks += 1
-        self._last = action
+        self.last = action
         return Command(action, source, state)
 
     def _fall_back(self, hold: Callable[[], np.ndarray] | None) -> np.ndarray | None:
@@ -260,4 +266,4 @@ class Controller:
             if hold is None:
                 raise DipoleError("fallback 'hold' needs to be told how the robot is held: pass hold, or use 'last'")
             return hold()
-        return np.zeros(self.action_dim, dtype=np.float32) if fallback == "zero" else self._last
+        return np.zeros(self.action_dim, dtype=np.float32) if fallback == "zero" else self.last

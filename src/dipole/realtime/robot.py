@@ -1,8 +1,8 @@
 """The loop beside the robot: observe, ask for chunks, send one action per control tick, whatever the network does.
 
 Everything that can be slow happens in the worker; a tick only looks whether an answer has come. Between the plan and
-the robot stand the watchdog (see `watchdog`) and the output guard (see `dipole.safety`): the guard sees every single
-action that is sent, those of the fallback included, with the one sent before.
+the robot stand the watchdog (see `watchdog`) and the guard of outputs (`dipole.safety.OutputGuard`), which sees every
+single action that is sent, those of the fallback included, with the one sent before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dipole.realtime.execution import MODES, Command, Controller, Execution
 from dipole.realtime.rate import RateKeeper
 from dipole.realtime.watchdog import Watchdog
 from dipole.realtime.worker import Answer, Job, Worker
-from dipole.safety import OutputGuard, RefusedError
 
 
 class Robot(Protocol):
@@ -32,6 +31,19 @@ class Robot(Protocol):
 
     def send(self, action: np.ndarray) -> None:
         """Command the robot with an action `[Da]`."""
+
+
+class Guard(Protocol):
+    """What the loop needs of `dipole.safety.OutputGuard`."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return the violations so far, by rule."""
+
+    def check(
+        self, chunk: np.ndarray, previous: np.ndarray | None = None, obs: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, list[Any]]:
+        """Return what may be sent for `chunk` `[1, 1, Da]`, and what was wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class RobotLoop:
         self,
         config: LoopConfig,
         worker: Worker,
-        guard: OutputGuard | None = None,
+        guard: Guard | None = None,
         hold: Callable[[], np.ndarray] | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -195,7 +207,7 @@ class RobotLoop:
         previous = None if self._sent is None else self._sent[None]
         try:
             safe, _ = self.guard.check(action[None, None], previous, obs)
-        except RefusedError as error:
+        except DipoleError as error:  # refused, with nothing to send instead
             self.last_error = str(error)
             return None
         checked: np.ndarray = safe[0, 0]

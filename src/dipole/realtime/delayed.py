@@ -11,6 +11,7 @@ terms, and results do not depend on the number of environments.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dipole.envs.spec import VectorEnv
+from dipole.envs.spec import EnvSpec, VectorEnv
 from dipole.errors import DipoleError
 from dipole.evaluation.rollout import Runner, check_chunk
 from dipole.policies.policy import Policy, put_rows, take_rows
@@ -71,21 +72,23 @@ class Delay:
     Attributes:
         mode: How chunks are executed (a name of `dipole.realtime.execution.MODES`).
         link: The delays.
-        fallback: What the robot does without a planned action: `last` (again) or `zero`.
+        fallback: What the robot does without a planned action: `hold` still (see `held`), `last` again, or `zero`.
         timeout_ms: Age of the newest observation at which the watchdog falls back; None for never.
     """
 
     mode: str = "sync"
     link: Link = field(default_factory=Link)
-    fallback: Fallback = "last"
+    fallback: Fallback = "hold"
     timeout_ms: float | None = None
 
     def __post_init__(self) -> None:
         execution_mode(self.mode)
-        if self.fallback not in ("last", "zero"):
-            raise DipoleError(f"fallback '{self.fallback}': a simulated robot knows 'last' and 'zero'")
         if self.timeout_ms is not None and self.timeout_ms <= 0:
             raise DipoleError("timeout_ms must be positive")
+
+    def runner(self, policy: Policy, env: VectorEnv, seeds: Sequence[int], block: int) -> DelayedRunner:
+        """Return the loop of `rollout` with this delay."""
+        return DelayedRunner(policy, env, seeds, block, self)
 
     def controller(self, action_dim: int, every: int, fps: float) -> Controller:
         """Return the controller of one row."""
@@ -115,6 +118,22 @@ def executed_policy(policy: Any, mode: str) -> Any:
     if not plain or not hasattr(getattr(policy, "config", None), "action_horizon"):
         return policy
     return apply(policy, Runtime(action_horizon=policy.pred_horizon - policy.obs_horizon + 1))
+
+
+def held(spec: EnvSpec, last: np.ndarray | None) -> np.ndarray:
+    """Return the action `[Da]` that leaves a simulated robot where it is.
+
+    By the names of its components, increments and velocities (`dx`, `vy`) are zero, and the rest (targets, grippers)
+    are those of the last action. Components without names are taken for targets.
+
+    Args:
+        spec: The environment's.
+        last: The last action.
+    """
+    names = spec.action.names or ("",) * spec.action.shape[0]
+    moving = np.array([re.fullmatch("[dv](x|y|z|_.*)", name) is not None for name in names])
+    before = np.zeros(len(names), np.float32) if last is None else last
+    return np.where(moving, np.zeros_like(before), before)
 
 
 @dataclass
@@ -211,10 +230,10 @@ class DelayedRunner(Runner):
 
     def _tick(self, rows: list[int]) -> None:
         """Let one tick pass in some rows; the world stands still in those whose first chunk has not come."""
-        commands: dict[int, Command] = {}
+        spec, commands = self.env.spec, dict[int, Command]()
         for row in rows:
             loop = self.loops[row]
-            commands[row] = loop.controller.act(loop.now)
+            commands[row] = loop.controller.act(loop.now, partial(held, spec, loop.controller.last))
             loop.now += 1
             loop.asked = False
         found = {row: command.action for row, command in commands.items() if command.action is not None}
@@ -228,8 +247,3 @@ class DelayedRunner(Runner):
     def _executed(self, row: int) -> dict[str, int]:
         counters = asdict(self.loops[row].controller.counters)
         return {f"execution.{name}": int(counters[name]) for name in ("fallback", "requests", "lost", "late", "stale")}
-
-
-def delayed_runner(delay: Delay) -> Callable[[Policy, VectorEnv, Sequence[int], int], Runner]:
-    """Return the `runner` of `rollout` for a simulated delay."""
-    return partial(DelayedRunner, delay=delay)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dipole.errors import DipoleError
-from dipole.evaluation.delayed import Delay
 from dipole.evaluation.evaluate import Evaluation, evaluate
+from dipole.realtime.delayed import Delay
 from dipole.realtime.execution import MODES, execution_mode
 from dipole.serialization import to_dict, write_json
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dipole.errors import MissingExtraError
-from dipole.evaluation.delay_sweep import DelayResult
+from dipole.realtime.delay_sweep import DelayResult
 from dipole.serialization import write_text
 
 FILE = "delays.svg"

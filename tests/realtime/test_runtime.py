@@ -11,7 +11,7 @@ from dipole.data.formats import lerobot_write
 from dipole.errors import DipoleError
 from dipole.evaluation.describe import describe, digest
 from dipole.evaluation.latency import count_network_calls
-from dipole.policies import SamplerConfig, save_policy
+from dipole.policies import Policy, SamplerConfig, save_policy
 from dipole.realtime import METHODS, Runtime, apply, load, method_config, prepare, read_runtime, write_runtime
 
 
@@ -68,6 +68,7 @@ def test_load_obeys_the_stored_runtime(tmp_path):
     write_runtime(Runtime("rti"), checkpoint)
     warm = apply(policy, Runtime("rti"))
     assert same(load(run_folder), warm)
+    assert same(Policy.load(run_folder), warm)
     assert same(load(checkpoint), warm)
     assert not same(warm, policy)
     assert same(load(run_folder, runtime=None), policy)

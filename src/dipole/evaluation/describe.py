@@ -30,7 +30,7 @@ def digest(policy: Any) -> str:
 
 def trained(policy: Any) -> Any:
     """Return the policy that was trained, inside the methods of `dipole.realtime` that run it."""
-    while isinstance(policy, nn.Module) and hasattr(policy, "policy"):
+    while isinstance(policy, nn.Module) and hasattr(policy, "policy") and hasattr(policy, "options"):
         policy = policy.policy
     return policy
 

@@ -66,6 +66,13 @@ class Policy(Protocol):
     if not TYPE_CHECKING:  # a type checker would ask it of every policy
 
         @staticmethod
+        def load(path: str | Path, device: Any = "cpu", runtime: Any = "stored") -> Any:
+            """Return a policy from its folder, run as its `runtime.json` says: see `dipole.realtime.load`."""
+            from dipole.realtime import load
+
+            return load(path, device, runtime)
+
+        @staticmethod
         def from_lerobot(path: str | Path, revision: str | None = None, **options: Any) -> Any:
             """Return LeRobot's diffusion policy: see `dipole.policies.lerobot.from_lerobot`."""
             from dipole.policies.lerobot import from_lerobot

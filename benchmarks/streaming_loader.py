@@ -7,7 +7,8 @@ AV1 as LeRobot's defaults write it (a key frame every second frame, crf 30), sta
 shuffled batches of 32 windows with 2 observations and 16 actions, using 2 workers, and are counted after their first
 batch. LeRobot's gives float pictures in [0, 1], channels first; so ours are brought to that form inside the measured
 time (`ours`; `ours_uint8` is without it). They run one after the other, each in a process of its own, whose largest
-resident memory (with that of its worker processes) is the memory figure. Our cache of decoded pictures is off: of a set
+resident memory (with that of its worker processes) is the memory figure; `ours_mib_of_loader` is what ours takes beyond
+Python and torch. Our cache of decoded pictures is off: of a set
 larger than memory it would hold next to nothing, of this one nearly all. LeRobot decodes with torchcodec, the faster of
 its ways, which needs FFmpeg's libraries: those of the system, or else the ones inside its PyAV, are put in its reach.
 """
@@ -52,6 +53,8 @@ def run(peer_python: str | None = None, seconds: float = SECONDS) -> dict[str, A
         "peer": None if peer is None else peer["windows_per_s"],
         "ratio": ratio,
         "ours_mib": ours["peak_mib"],
+        "ours_mib_of_loader": ours["grown_mib"],
+        "decoded_mib": EPISODES * FRAMES * HEIGHT * WIDTH * 3 * len(CAMERAS) / 2**20,
         "peer_mib": None if peer is None else peer["peak_mib"],
         "peer_decoder": None if peer is None else peer["decoder"],
         "unit": "windows/s",
@@ -136,11 +139,16 @@ def _watch(process: subprocess.Popen[str], peak: list[int]) -> None:
 
 def worker(data: Path, batch: int, workers: int, seconds: float) -> dict[str, float]:
     """Measure dipole's loader."""
+    import resource
+
+    import psutil
     import torch
 
     from dipole.data import Streaming, Windows, load
     from dipole.training.batches import EpochOrder, Loader
 
+    torch.zeros(1)
+    before = psutil.Process().memory_info().rss
     episodes = load(data, stream=Streaming(workers=workers, cache_mb=0))
     windows = Windows(episodes, [*CAMERAS, "observation.state"], "action", TO, TP, TA)
     order = EpochOrder(len(windows), batch, seed=0)
@@ -163,7 +171,9 @@ def worker(data: Path, batch: int, workers: int, seconds: float) -> dict[str, fl
         raise AssertionError("the loader is endless")
 
     torch.set_num_threads(1)
-    return {"windows_per_s": speed(as_floats), "windows_per_s_uint8": speed(lambda tensors: None)}
+    plain = speed(lambda tensors: None)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return {"windows_per_s": speed(as_floats), "windows_per_s_uint8": plain, "grown_mib": grown / 2**20}
 
 
 if __name__ == "__main__":

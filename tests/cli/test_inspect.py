@@ -82,3 +82,33 @@ def test_all_values_missing(tmp_path, capsys):
     np.savez(tmp_path / "a.npz", actions=np.full((3, 1), np.nan), episode_ends=np.array([3]))
     main(["inspect", str(tmp_path / "a.npz")])
     assert "3 frames with NaN" in capsys.readouterr().out
+
+
+@pytest.fixture
+def robomimic_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((20, 2))
+        file["data/demo_0/obs/state"] = np.random.default_rng(0).normal(size=(20, 3))
+    return tmp_path / "demo.hdf5"
+
+
+@pytest.mark.parametrize(
+    ("name", "episodes", "frames"),
+    [
+        ("lerobot_dataset_v3", 3, 33),
+        ("lerobot_dataset_v21", 3, 33),
+        ("minari/toy/pick-hdf5-v0", 2, 10),
+        ("minari/toy/pick-arrow-v0", 2, 10),
+        ("replay_buffer.zarr", 2, 20),
+        ("robomimic", 1, 20),
+        ("npz", 2, 40),
+    ],
+)
+def test_every_format(name, episodes, frames, archive, robomimic_file, capsys):
+    path = {"robomimic": robomimic_file, "npz": archive}.get(name, FIXTURES / name)
+    main(["inspect", str(path), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_episodes"], report["num_frames"]) == (episodes, frames)
+    assert "action" in report["features"]
+    assert report["lengths"]["max"] <= frames

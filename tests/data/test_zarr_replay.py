@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -197,3 +199,43 @@ def test_made_data_are_not_taken_for_pusht():
     data = make_episodes()
     assert isinstance(data, Episodes)
     assert not pusht.is_pusht({"state": np.zeros((3, 5)), "action": np.zeros((3, 2))})
+
+
+def test_pictures_packed_by_imagecodecs(tmp_path, monkeypatch):
+    """Its JPEG 2000 is stood in for by zlib under the same name: what is checked is that zarr gets to know it."""
+    numcodecs = pytest.importorskip("numcodecs")
+    name = "imagecodecs_jpeg2k"
+
+    class StandIn(numcodecs.Zlib):
+        codec_id = name
+
+    asked = []
+
+    def register_codecs(codecs=None, *, force=False, verbose=True):
+        asked.append(codecs)
+        numcodecs.register_codec(StandIn, name)
+
+    module = types.ModuleType("imagecodecs.numcodecs")
+    module.register_codecs = register_codecs
+    monkeypatch.setitem(sys.modules, "imagecodecs", types.ModuleType("imagecodecs"))
+    monkeypatch.setitem(sys.modules, "imagecodecs.numcodecs", module)
+    monkeypatch.setattr(numcodecs.registry, "codec_registry", dict(numcodecs.registry.codec_registry))
+    img = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    path = write(tmp_path / "a.zarr", action=np.ones((7, 2), np.float32))
+    group = zarr.open_group(path, mode="a", zarr_format=2)
+    kept = group.create_array("data/img", shape=img.shape, dtype="uint8", chunks=(1, 8, 8, 3), compressors=StandIn())
+    kept[:] = img
+    numcodecs.registry.codec_registry.pop(name, None)
+    np.testing.assert_array_equal(zarr_replay.read(path).columns["observation.image"], img)
+    assert asked == [[name]]
+
+
+def test_pictures_packed_as_jpeg_2000(tmp_path):
+    codecs = pytest.importorskip("imagecodecs.numcodecs")
+    img = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    path = write(tmp_path / "a.zarr", action=np.ones((7, 2), np.float32))
+    group = zarr.open_group(path, mode="a", zarr_format=2)
+    packer = codecs.Jpeg2k(level=0, reversible=True)
+    kept = group.create_array("data/img", shape=img.shape, dtype="uint8", chunks=(1, 8, 8, 3), compressors=packer)
+    kept[:] = img
+    np.testing.assert_array_equal(zarr_replay.read(path).columns["observation.image"], img)

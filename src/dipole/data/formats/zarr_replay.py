@@ -1,10 +1,12 @@
 """diffusion_policy's ReplayBuffer: a zarr group with `data/<name>` [N, ...] and `meta/episode_ends` [E] (extra `data`).
 
-Written by zarr 2 as a folder or as `.zarr.zip`; read through zarr 3. Names of arrays: see `raw`.
+Written by zarr 2 as a folder or as `.zarr.zip`; read through zarr 3. Pictures packed as JPEG 2000, as its image tasks
+are, need the package `imagecodecs` as well. Names of arrays: see `raw`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zipfile
 from pathlib import Path
@@ -63,6 +65,7 @@ def _open(path: Path, opener: str) -> Any:
         raise MissingExtraError("zarr", "data") from None
     if not path.exists():
         raise DipoleError(f"there is no {path}")
+    _register_jpeg2k()
     for inner in path.rglob("*") if path.is_dir() else ():
         if inner.is_symlink():
             inside(path, str(inner.relative_to(path)))
@@ -72,6 +75,14 @@ def _open(path: Path, opener: str) -> Any:
     except Exception as error:  # zarr raises whatever its JSON, codec and zip readers raise
         kind = "group" if opener == "open_group" else "array"
         raise DipoleError(f"{path} is not a whole zarr {kind} ({_line(error)}): copy or download it again") from None
+
+
+def _register_jpeg2k() -> None:
+    """Make known how diffusion_policy packs pictures, where the package that can unpack them is installed."""
+    with contextlib.suppress(ImportError):
+        from imagecodecs.numcodecs import register_codecs
+
+        register_codecs(["imagecodecs_jpeg2k"], verbose=False)
 
 
 def _members(group: Any, path: Path) -> tuple[Any, dict[str, Any]]:

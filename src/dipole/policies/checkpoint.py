@@ -31,6 +31,10 @@ POLICIES = {
     "diffusion": ("dipole.policies.diffusion_policy", "DiffusionPolicy"),
     "beso": ("dipole.policies.beso", "BesoPolicy"),
     "mode": ("dipole.policies.mode", "ModePolicy"),
+    "staged": ("dipole.rl.staged", "StagedPolicy"),
+    "steered": ("dipole.rl.steered", "SteeredPolicy"),
+    "edited": ("dipole.rl.edited", "EditedPolicy"),
+    "residual": ("dipole.rl.residual", "ResidualPolicy"),
     "diffusion-drive": ("dipole.policies.diffusion_drive", "DiffusionDrivePolicy"),
 }
 

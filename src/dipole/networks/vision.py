@@ -196,7 +196,9 @@ class CameraEncoder(nn.Module):
         if isinstance(self.rgb_encoder, nn.ModuleList):
             features = [encoder(part) for encoder, part in zip(self.rgb_encoder, parts, strict=True)]
         else:
-            features = list(self.rgb_encoder(torch.cat(parts) if len(parts) > 1 else parts[0]).chunk(len(parts)))
+            together = self.rgb_encoder(torch.cat(parts) if len(parts) > 1 else parts[0])
+            # Not `chunk`: with a symbolic batch its number of parts would be one more thing to prove.
+            features = list(together.unflatten(0, (len(parts), -1)).unbind(0))
         joined = torch.cat(features, dim=-1) if len(features) > 1 else features[0]
         return joined.view(*images[self.cameras[0]].shape[:2], -1)
 

@@ -1,7 +1,7 @@
 """Run a policy that `dipole export` wrote, without dipole: numpy, and onnxruntime (onnx) or torch (torch-export, aoti).
 
 This file is copied as `runner.py` into the exported folder, beside `policy.json` and the graphs. It normalises the
-observation, encodes it, denoises a chunk of actions by the steps in `policy.json`, and brings it back to physical units.
+observation, encodes it, denoises a chunk of actions by the steps in `policy.json`, and brings it to physical units.
 
     python runner.py                 # act on the recorded observation, compare with the recorded chunk, time it
 

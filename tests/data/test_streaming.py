@@ -284,3 +284,29 @@ def test_training_sees_the_same_batches(sets):
     for expected, found in zip(*batches, strict=True):
         for key, value in expected.items():
             assert value.equal(found[key])
+
+
+def test_a_streamed_run_ends_with_the_same_weights(sets, tmp_path, capsys):
+    from dipole.cli import main
+
+    words = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--precision",
+        "fp32",
+        "--network",
+        "width=32",
+        "--pred-horizon",
+        "8",
+        "--action-horizon",
+        "4",
+    ]
+    weights = []
+    lerobot.write(lerobot.read(sets / "h264").select([0, 2, 3]), tmp_path / "set", pictures="h264")
+    for name, memory in (("whole", []), ("streamed", ["--memory", "0"])):
+        main(["train", "--data", str(tmp_path / "set"), "--out", str(tmp_path / name), *words, *memory])
+        assert ("streamed from their files" in capsys.readouterr().err) == (name == "streamed")
+        weights.append((tmp_path / name / "checkpoints" / "last" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]

@@ -79,7 +79,7 @@ class Decoders:
 
     def __init__(self, options: Streaming | None = None) -> None:
         options = options or Streaming()
-        self.workers = options.workers or min(8, len(os.sched_getaffinity(0)))
+        self.workers = options.workers or min(8, _cores())
         self.cache = PictureCache(int(options.cache_mb * 2**20))
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="dipole-decode")
         self._closed = False
@@ -125,6 +125,11 @@ class Decoders:
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.cache.clear()
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parts(frames: np.ndarray, count: int) -> Iterator[tuple[int, int]]:

@@ -139,6 +139,14 @@ def test_the_guard_sees_every_action_with_the_one_sent_before():
     assert report["violations"] == {"limits": 2, "rate": 3, "refused": 0}
 
 
+def test_the_fallback_repeats_what_was_sent_not_what_was_wanted():
+    guard = OutputGuard(Limits((-9.0,), (9.0,), max_change=(0.25,)))
+    robot, answers = Robot(), iter([0.0])
+    wanted = np.array([[0.0], [5.0]])
+    loop(delay=lambda: next(answers, None), infer=lambda job: wanted, guard=guard).run(robot, ticks=5)
+    assert robot.sent == [0.0, 0.25, 0.25, 0.25, 0.25]  # it stands, it does not creep on towards 5
+
+
 def test_a_refused_first_action_is_not_sent():
     guard = OutputGuard(Limits((-1.0,), (1.0,), on_limits="refuse"))
     robot = Robot()

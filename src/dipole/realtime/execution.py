@@ -161,7 +161,7 @@ class Controller:
         queue: The plan.
         delay: The last delays, in ticks.
         counters: What happened since the last reset.
-        last: The action of the last tick that had one, `[Da]`.
+        last: The action of the last tick that had one, `[Da]`; whoever sends something else instead writes it here.
     """
 
     def __init__(

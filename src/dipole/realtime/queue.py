@@ -124,7 +124,8 @@ class ActionQueue:
             return share
         if policy == "ensemble":
             weights = np.exp(-self.merge.decay * np.arange(max(votes, default=0) + 1))
-            return weights[votes] / np.cumsum(weights)[votes]
+            shares: np.ndarray = weights[votes] / np.cumsum(weights)[votes]
+            return shares
         return np.ones(count)
 
     def pop(self, now: int) -> np.ndarray | None:
@@ -132,7 +133,7 @@ class ActionQueue:
         self.advance(now)
         if self._plan is None or not len(self._plan):
             return None
-        action: np.ndarray = self._plan[0]
+        action: np.ndarray = self._plan[0].copy()
         self.advance(now + 1)
         return action
 

@@ -143,9 +143,11 @@ class RobotLoop:
         if command.action is None:
             return command
         action = self._guarded(command.action, obs)
+        if action is not None:
+            self._sent = action
+        self.controller.last = self._sent  # the fallback repeats what was sent, not what was wanted
         if action is None:
             return Command(None, "none", command.state)
-        self._sent = action
         return Command(action, command.source, command.state)
 
     def run(self, robot: Robot, ticks: int | None = None, stop: Callable[[], bool] | None = None) -> dict[str, Any]:

@@ -215,7 +215,8 @@ class OutputGuard:
         if self.limits.low is None:
             return actions
         low, high = (np.array(bound).astype(actions.dtype) for bound in (self.limits.low, self.limits.high))
-        return np.clip(actions, low, high)
+        boxed: np.ndarray = np.clip(actions, low, high)
+        return boxed
 
     def _slow(self, actions: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Return the actions with the rate limit kept, and by how much each was beyond it, `[B, Ta, Da]`."""

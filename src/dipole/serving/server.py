@@ -217,7 +217,8 @@ class Server:
                 old.transport.abort()  # the client gave it up; we had not noticed yet
             await self._send(ws, self.service.metadata(session, resumed))
             while True:
-                data = await asyncio.wait_for(ws.recv(), self.service.limits.idle_s)
+                async with asyncio.timeout(self.service.limits.idle_s):
+                    data = await ws.recv()
                 if not await self._respond(ws, session, data):
                     reason = "refused"
                     return
@@ -261,7 +262,8 @@ class Server:
     async def _send(self, ws: _Connection, message: bytes | str) -> None:
         """Send a message; a client that does not read it in time is cut off."""
         try:
-            await asyncio.wait_for(ws.send(message), self.service.limits.send_timeout_s)
+            async with asyncio.timeout(self.service.limits.send_timeout_s):
+                await ws.send(message)
         except TimeoutError:
             self.service.note("slow-reader", peer=ws.peer)
             ws.transport.abort()

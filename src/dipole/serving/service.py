@@ -235,8 +235,8 @@ class Service:
     async def _call(self, session: Session, row: Row, request: Request, received: float) -> Answer:
         deadline = None if request.deadline_ms is None else received + request.deadline_ms / 1000
         try:
-            submitted = self.batchers[session.model_name].submit(row, deadline)
-            result: Answer = await asyncio.wait_for(submitted, self.limits.request_timeout_s)
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                result: Answer = await self.batchers[session.model_name].submit(row, deadline)
         except TimeoutError:
             raise Refusal("timeout", "the policy did not answer in time", 1000.0) from None
         for violation in result.violations:

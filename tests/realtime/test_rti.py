@@ -176,6 +176,8 @@ def test_scaled_normalizer():
         scaled.normalize("action", x), normalizer.normalize("action", x) * torch.tensor([1.0, 0.1])
     )
     torch.testing.assert_close(scaled.denormalize("action", scaled.normalize("action", x)), x)
+    with pytest.raises(DipoleError, match="binary action 2: the actions are 0 to 1"):
+        scale_discrete(normalizer, (2,))
     assert torch.equal(scaled.normalize(STATE, torch.ones(3)), normalizer.normalize(STATE, torch.ones(3)))
 
 

@@ -201,3 +201,12 @@ def test_train_method_sdp(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "s"), "--method", "sdp"])
     assert "raise pred_horizon to 17" in capsys.readouterr().err
+
+
+def test_train_with_a_binary_action(tmp_path):
+    lerobot_write.write(demonstrations(), tmp_path / "d")
+    options = ["--steps", "2", "--batch-size", "8", "--network", "width=16", "--binary", "1"]
+    main(["train", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "r"), *options])
+    scales = [load(path).normalizer.affine("action")[0] for path in [tmp_path / "r"]]
+    ordinary = small_policy().normalizer.affine("action")[0]
+    torch.testing.assert_close(scales[0] / ordinary, torch.tensor([1.0, 0.1]))

@@ -62,6 +62,8 @@ class Args:
     """Image encoder and its options, e.g. name=resnet18."""
     method: Annotated[Literal["plain", "sdp"] | None, _option("plain|sdp", "plain")] = None
     """sdp trains a noise level for every position, so that the policy can stream (one short call per chunk)."""
+    binary: Annotated[tuple[int, ...] | None, _option("INDEX ...")] = None
+    """Binary actions, kept at a tenth of their size inside the policy: short warm starts (rti) can then flip them."""
     process: Annotated[str | None, _option("NAME", "flow; sdp: vp-cosine")] = None
     """Forward process: flow, vp-cosine, vp-linear, edm, ..."""
     features: Annotated[tuple[str, ...] | None, _option("NAME ...", "all of the dataset")] = None
@@ -194,7 +196,12 @@ def _make_policy(episodes: Episodes, options: Mapping[str, Any]) -> DiffusionPol
     config = make_config(
         episodes, network=network, vision=vision or None, observation=options.get("features"), **values
     )
-    return make_policy(config, episodes)
+    policy = make_policy(config, episodes)
+    if options.get("binary"):
+        from dipole.realtime.rti import scale_discrete
+
+        policy.normalizer = scale_discrete(policy.normalizer, tuple(options["binary"]))
+    return policy
 
 
 def _table(words: list[str], option: str) -> dict[str, Any]:

@@ -102,8 +102,9 @@ class RealtimePolicy(nn.Module):
     def with_sampler(self, sampler: SamplerConfig) -> Self:
         """Return the same method over the policy with another sampler (weights shared)."""
         other = type(self)(self.policy.with_sampler(sampler), self.options).train(self.training)
-        if hasattr(self, "runtime"):
-            other.runtime = replace(self.runtime, sampler=sampler)
+        runtime: Any = self.__dict__.get("runtime")
+        if runtime is not None:
+            other.__dict__["runtime"] = replace(runtime, sampler=sampler)
         return other
 
     def initial_state(self, batch: int) -> State:
@@ -126,11 +127,11 @@ class RealtimePolicy(nn.Module):
         return self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon])
 
     def _empty_chunks(self, batch: int) -> Tensor:
-        like = next(self.policy.parameters())
+        like = self.normalizer.affine("action")[0]  # a packed network has no parameters to ask
         return torch.zeros(batch, self.pred_horizon, self.action_dim, dtype=like.dtype, device=like.device)
 
     def _no_rows(self, batch: int) -> Tensor:
-        return torch.zeros(batch, dtype=torch.bool, device=next(self.policy.parameters()).device)
+        return torch.zeros(batch, dtype=torch.bool, device=self.normalizer.affine("action")[0].device)
 
 
 def for_rows(generator: Random, rows: Tensor) -> Random:

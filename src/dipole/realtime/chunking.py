@@ -162,7 +162,8 @@ class PrefixGuidance:
             (push,) = torch.autograd.grad(x0_hat, start, (self.weights * (self.known - found)).to(found))
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         factor = torch.minimum(self.beta * sigma, (alpha**2 + sigma**2) / alpha)
-        return found + expand(factor, x).to(x) * push
+        corrected: Tensor = found + expand(factor, x).to(x) * push
+        return corrected
 
     def prepare(self, levels: Level, cond: Any) -> Denoiser:
         """Prepare the denoiser."""

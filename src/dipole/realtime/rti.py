@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion import DDIM, DDPM, VP, Kernel, Process, add_noise, sample
-from dipole.diffusion.tensors import Random, randn_like
+from dipole.diffusion.tensors import Random, randn
 from dipole.errors import DipoleError
 from dipole.policies.policy import Observation, State
 from dipole.realtime.base import RealtimePolicy, for_rows, rows_of, shifted
@@ -134,7 +134,7 @@ class RTIPolicy(RealtimePolicy):
             return guess
         x = guess
         if self.options.renoise:
-            x = add_noise(x, randn_like(x, generator), levels[0], self.process)
+            x = add_noise(x, randn(tuple(x.shape), generator, like=x), levels[0], self.process)
         runs = [levels]
         if self.options.relabel_skips:
             runs = [(level, level - 1) for level in levels[:-1]]
@@ -230,7 +230,14 @@ def scale_discrete(normalizer: Normalizer, discrete: tuple[int, ...], factor: fl
         normalizer: One that maps them to +-1.
         discrete: Indices of binary actions.
         factor: The divisor.
+
+    Raises:
+        DipoleError: There is no such action.
     """
+    size = normalizer.parts("action")[0].numel()
+    for index in discrete:
+        if not 0 <= index < size:
+            raise DipoleError(f"binary action {index}: the actions are 0 to {size - 1}")
     affine: dict[str, tuple[Tensor, Tensor]] = {}
     origin: dict[str, Tensor] = {}
     for key in normalizer.features:

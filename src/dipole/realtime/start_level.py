@@ -7,6 +7,7 @@ displacement that is left is recorded. It needs demonstrations, not an environme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -114,7 +115,7 @@ def fitted_std(table: Sequence[StartLevel], options: RTIConfig, process: Any) ->
     levels = [_levels(row.level, options, process) for row in table]
 
     def distance(std: float) -> float:
-        return sum((residual(process, lv, std) - row.left) ** 2 for lv, row in zip(levels, table, strict=True))
+        return math.fsum((residual(process, lv, std) - row.left) ** 2 for lv, row in zip(levels, table, strict=True))
 
     return min(grid, key=distance)
 

@@ -133,7 +133,7 @@ def costs(policy: DiffusionPolicy) -> dict[str, float]:
     finally:
         env.close()
     obs = {key: torch.from_numpy(np.repeat(value[:, None], TO, axis=1)) for key, value in first.items()}
-    found = {}
+    found: dict[str, float] = {}
     for name, runner in (("streaming", streamed(policy)), ("plain", policy)):
         (latency,) = measure_latency(runner, obs, calls=CALLS, warmup=2, threads=[1])
         found |= {f"{name}_ms": latency.p50_ms, f"{name}_nfe": float(count_network_calls(runner, obs) or math.nan)}

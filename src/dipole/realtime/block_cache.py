@@ -13,15 +13,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from dipole.diffusion.tensors import Random
 from dipole.errors import DipoleError
+from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.realtime.backends import with_network
+from dipole.realtime.base import RealtimePolicy
 
 
 @dataclass(frozen=True)
@@ -99,64 +101,20 @@ class CachedNetwork(nn.Module):
         return self.stored[name]
 
 
-class BlockCachePolicy(nn.Module):
-    """A policy that reuses branch outputs across the denoising steps of one call.
+class BlockCachePolicy(RealtimePolicy):
+    """A policy that reuses branch outputs across the denoising steps of one call. Its state is the policy's own."""
 
-    Attributes:
-        policy: The policy underneath.
-        options: The schedule.
-    """
+    options: BlockCacheConfig
 
-    def __init__(self, policy: Any, config: BlockCacheConfig) -> None:
-        super().__init__()
+    def __init__(self, policy: Any, options: BlockCacheConfig) -> None:
+        super().__init__(policy, options)
         reason = cacheable(policy)
         if reason is not None:
             raise DipoleError(f"method 'block-cache': {reason}")
-        _check(policy, config)
-        self.policy, self.options = policy, config
-        self._steps = {name: frozenset(steps) for name, steps in config.steps.items()}
+        _check(policy, options)
+        self._steps = {name: frozenset(steps) for name, steps in options.steps.items()}
 
-    @property
-    def config(self) -> Any:
-        """Return the configuration of the policy underneath."""
-        return self.policy.config
-
-    @property
-    def type_name(self) -> str:
-        """Return the kind of the policy underneath."""
-        return str(self.policy.type_name)
-
-    @property
-    def network(self) -> Any:
-        """Return the network that is called."""
-        return self.policy.network
-
-    @property
-    def sampler(self) -> Any:
-        """Return the sampler the schedule was made for."""
-        return self.policy.sampler
-
-    @property
-    def obs_horizon(self) -> int:
-        """Return To."""
-        return int(self.policy.obs_horizon)
-
-    @property
-    def pred_horizon(self) -> int:
-        """Return Tp."""
-        return int(self.policy.pred_horizon)
-
-    @property
-    def action_horizon(self) -> int:
-        """Return Ta."""
-        return int(self.policy.action_horizon)
-
-    @property
-    def action_dim(self) -> int:
-        """Return Da."""
-        return int(self.policy.action_dim)
-
-    def with_sampler(self, sampler: Any) -> Any:
+    def with_sampler(self, sampler: SamplerConfig) -> Self:
         """Return itself for its own sampler.
 
         Raises:
@@ -170,11 +128,6 @@ class BlockCachePolicy(nn.Module):
         """Return the state of the policy underneath: the cache is no part of it, it does not outlive a call."""
         state: State = self.policy.initial_state(batch)
         return state
-
-    def reset(self, state: State, mask: Tensor) -> State:
-        """Return the state with some rows reset."""
-        reset: State = self.policy.reset(state, mask)
-        return reset
 
     @torch.no_grad()
     def act(

@@ -1,0 +1,378 @@
+"""Finding the fastest way to run a policy that still does its job: `dipole accelerate`.
+
+All candidates are timed in turn, then play the same episodes in rounds of growing length. After each round the better
+half stays, by ranks of domination in (score, latency), the reference always with them (successive halving, Jamieson &
+Talwalkar 2016). The finalists are tried on other back ends. One is chosen, and plays against the reference once more,
+on seeds that had no part in the choice: those of the search flatter whoever won on them.
+
+Episodes are those of the seed, whatever the machine; timings are not, and where two candidates are about equally fast
+they decide. What is finished is kept in the folder of the search, and an interrupted search goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipole import __version__
+from dipole.envs.seeds import SELECT_SEED
+from dipole.envs.spec import VectorEnv
+from dipole.errors import DipoleError
+from dipole.evaluation.blocks import acting, device_of
+from dipole.evaluation.describe import digest
+from dipole.evaluation.episode import Episode
+from dipole.evaluation.latency import count_network_calls
+from dipole.evaluation.machine import machine
+from dipole.evaluation.rollout import observation_keys, rollout
+from dipole.evaluation.seeds import episode_seeds, first_seed, policy_generator
+from dipole.policies.checkpoint import find_policy
+from dipole.realtime.candidates import Candidate, Workshop, calibration_observations, make_candidates, on_backends
+from dipole.realtime.runtime import FILE as RUNTIME_FILE
+from dipole.realtime.runtime import write_runtime
+from dipole.realtime.selection import (
+    BLOCK,
+    Entry,
+    SearchConfig,
+    choose,
+    domination_ranks,
+    halve,
+    paired,
+    planned,
+    rungs,
+)
+from dipole.serialization import read_json, to_dict, write_json
+
+FILE = "accelerate.json"
+FASTER = 0.95  # a back end is worth episodes of its own where it takes at most this share of the time
+_SELECT_BLOCKS = 4  # of 10 000 seeds each, within the range kept for choosing; what follows them is for calibration
+
+Progress = Callable[[Episode], None]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Search:
+    """A search in progress: see `accelerate`."""
+
+    run: Path
+    env: VectorEnv
+    config: SearchConfig
+    out: Path
+    workshop: Workshop
+    say: Say
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        self.on_success = self.env.spec.score == "success"
+        self.notes: list[str] = []
+        first_seed(self.config.seed)  # an impossible one is reported here
+        block = self.config.seed % _SELECT_BLOCKS
+        self.seeds = [SELECT_SEED + 10_000 * block + i for i in range(self.config.episodes)]
+
+    def candidates(self) -> list[Entry]:
+        """Return the candidates, with what an earlier search left of them."""
+        config, folder = self.config, find_policy(self.run)
+        policy = self.workshop.bare(str(self.run))
+
+        def observations() -> dict[str, Tensor]:
+            return calibration_observations(policy, self.env, SELECT_SEED, max_steps=config.max_steps)
+
+        found, notes = make_candidates(
+            self.workshop,
+            str(self.run),
+            samplers=config.samplers,
+            distilled=config.distilled,
+            observations=observations,
+            calibration_folder=folder,
+            seed=config.seed,
+        )
+        self.notes += notes
+        return [self.entry(candidate) for candidate in found]
+
+    def entry(self, candidate: Candidate) -> Entry:
+        """Return the entry of a candidate: the stored one if nothing it depends on has changed."""
+        policy = self.workshop.bare(candidate.run)
+        text = [digest(policy), to_dict(policy.sampler), to_dict(candidate.runtime), self.env.spec.name]
+        settings = [self.seeds[0], self.config.max_steps, BLOCK, __version__]
+        key = hashlib.sha256(json.dumps([*text, *settings], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        path = self._path(candidate)
+        fresh = Entry(candidate, key)
+        if not path.is_file():
+            return fresh
+        stored = read_json(path)
+        if not isinstance(stored, dict) or stored.get("key") != key:
+            return fresh
+        names = ("scores", "successes", "lengths", "p50_ms", "p95_ms", "nfe", "actions")
+        return replace(fresh, **{name: stored[name] for name in names})
+
+    def _path(self, candidate: Candidate) -> Path:
+        return self.out / "candidates" / f"{candidate.slug}.json"
+
+    def _keep(self, entry: Entry) -> None:
+        values = {name: value for name, value in vars(entry).items() if name not in ("candidate", "dropped", "problem")}
+        write_json(self._path(entry.candidate), {"name": entry.candidate.name, **values})
+
+    def time(self, entries: Sequence[Entry], anew: bool = False) -> None:
+        """Time candidates in turn, several passes over all, so that a busy machine treats them alike.
+
+        Args:
+            entries: The candidates.
+            anew: Also those that were timed before.
+        """
+        todo = [entry for entry in entries if (anew or entry.p50_ms is None) and not entry.problem]
+        ready: list[tuple[Entry, Stopwatch]] = []
+        for entry in todo:
+            try:
+                policy = self.workshop.build(entry.candidate)
+                ready.append((entry, Stopwatch(policy, self._observation(policy))))
+                entry.nfe = count_network_calls(policy, ready[-1][1].obs)
+                entry.actions = int(policy.action_horizon)
+            except DipoleError as error:
+                entry.problem = str(error)
+        for _ in range(4):
+            for _, watch in ready:
+                watch.run(self.config.calls // 4, seconds=1.0)
+        if ready:
+            self._note_load()
+        for entry, watch in ready:
+            entry.p50_ms, entry.p95_ms = (float(value) for value in np.percentile(watch.times, [50, 95]))
+            self._keep(entry)
+
+    def _note_load(self) -> None:
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        cores = os.cpu_count() or 1
+        note = f"the machine was busy while candidates were timed (load {load:.0f} on {cores} cores): time them again"
+        if load > cores and not any(line.startswith("the machine was busy") for line in self.notes):
+            self.notes.append(note)
+
+    def _observation(self, policy: Any) -> dict[str, Tensor]:
+        first = self.env.reset([0], [self.seeds[0]])
+        return {key: _repeated(first[key], policy.obs_horizon) for key in observation_keys(policy, self.env)}
+
+    def play(self, entries: Sequence[Entry], episodes: int) -> None:
+        """Let candidates play until each has `episodes` episodes, kept after every block."""
+        for entry in entries:
+            policy = None
+            while len(entry.scores) < episodes and not entry.problem:
+                begin = len(entry.scores)
+                seeds = self.seeds[begin : min(begin + 2 * BLOCK, episodes)]
+                try:
+                    policy = self.workshop.build(entry.candidate) if policy is None else policy
+                    runs = rollout(
+                        policy, self.env, seeds, block=BLOCK, max_steps=self.config.max_steps, progress=self.progress
+                    )
+                except DipoleError as error:
+                    entry.problem = str(error)
+                    break
+                score = {"success": "success", "max_reward": "max_reward", "return": "return_"}[self.env.spec.score]
+                entry.scores += [float(value) for value in runs.column(score)]
+                entry.successes += [bool(value) for value in runs.column("success")]
+                entry.lengths += [int(value) for value in runs.column("length")]
+                self._keep(entry)
+
+    def confirm(self, chosen: Entry, reference: Entry) -> dict[str, Any] | None:
+        """Return how the choice does against the reference on fresh seeds; None if it is the reference."""
+        if chosen is reference or not self.config.confirm:
+            return None
+        selection, self.seeds = self.seeds, episode_seeds(first_seed(self.config.seed), self.config.episodes)
+        out, self.out = self.out, self.out / "confirmation"
+        try:
+            pair = [self.entry(entry.candidate) for entry in (reference, chosen)]
+            self.play(pair, self.config.episodes)
+        finally:
+            self.seeds, self.out = selection, out
+        return {"first_seed": first_seed(self.config.seed), **paired(*pair, self.on_success)}
+
+
+@dataclass
+class Stopwatch:
+    """Times single chunks of a policy, its state handed on from call to call."""
+
+    policy: Any
+    obs: dict[str, Tensor]
+    times: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        device = device_of(self.policy)
+        self._generator = policy_generator(0, device)
+        self.obs = {key: value.to(device) for key, value in self.obs.items()}
+        self._state = self.policy.initial_state(1)
+        for _ in range(3):
+            self._call()
+
+    def run(self, calls: int, seconds: float) -> None:
+        """Time `calls` chunks, fewer but at least two where they take longer than `seconds` in all."""
+        began = time.perf_counter()
+        for call in range(max(2, calls)):
+            self.times.append(self._call())
+            if call and time.perf_counter() - began > seconds:
+                break
+
+    def _call(self) -> float:
+        with acting(self.policy):
+            began = time.perf_counter()
+            chunk, self._state = self.policy.act(self.obs, self._state, generator=[self._generator])
+            chunk.cpu()  # waits for the accelerator, as the robot does
+            return 1000 * (time.perf_counter() - began)
+
+
+def _repeated(value: np.ndarray, obs_horizon: int) -> Tensor:
+    value = value.astype(np.float32) if value.dtype == np.float64 else value
+    return torch.from_numpy(np.repeat(value[:, None], obs_horizon, axis=1))
+
+
+def accelerate(
+    run: str | Path,
+    env: VectorEnv,
+    config: SearchConfig,
+    out: Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], Progress | None] | None = None,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Search, choose, confirm, and save the choice as `runtime.json` beside the weights it is for.
+
+    Args:
+        run: Run folder or checkpoint folder.
+        env: The environment to do well in; it is used, and not closed.
+        config: What is searched for.
+        out: Where results are kept.
+        device: Where policies compute.
+        progress: Given the number of episodes planned, returns what is called with each finished one.
+        say: Called with a line when a stage begins.
+
+    Returns:
+        What is in `accelerate.json`: rows of all candidates, the choice, its confirmation.
+
+    Raises:
+        DipoleError: Policy and environment do not fit, or no candidate is as fast as asked.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        search = Search(Path(run), env, config, out, Workshop(device), say)
+        entries = search.candidates()
+        say(f"timing {len(entries)} candidates")
+        search.time(entries)
+        reference = entries[0]
+        if reference.problem:
+            raise DipoleError(reference.problem)
+        if progress is not None:
+            search.progress = progress(planned(len(entries), config.episodes))
+        finalists = _rounds(search, entries, reference)
+        finalists += _other_backends(search, finalists, entries)
+        chosen = choose(finalists, reference, config)
+        if chosen is not None:
+            say(f"confirming '{chosen.candidate.name}' on fresh seeds")
+        confirmation = None if chosen is None else search.confirm(chosen, reference)
+        return _finish(search, entries, reference, chosen, confirmation)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rounds(search: Search, entries: Sequence[Entry], reference: Entry) -> list[Entry]:
+    """Play the rounds; return the finalists."""
+    config = search.config
+    alive = [entry for entry in entries if not entry.problem]
+    if config.target_ms is not None:
+        slow = [e for e in alive if e is not reference and (e.p50_ms or 0.0) > 3 * config.target_ms]
+        alive = [entry for entry in alive if entry not in slow]  # no back end makes up for that
+        for entry in slow:
+            entry.dropped = 0
+    sizes = rungs(config.episodes)
+    for number, size in enumerate(sizes, 1):
+        search.say(f"round {number} of {len(sizes)}: {len(alive)} candidates, {size} episodes each")
+        search.play(alive, size)
+        if reference.problem:
+            raise DipoleError(reference.problem)
+        kept = [e for e in alive if not e.problem] if number == len(sizes) else halve(alive, reference, config)
+        for entry in alive:
+            if entry not in kept and not entry.problem:
+                entry.dropped = number
+        alive = kept
+    return alive
+
+
+def _other_backends(search: Search, finalists: Sequence[Entry], entries: list[Entry]) -> list[Entry]:
+    """Try finalists on other back ends; return those that are faster there and have played all episodes."""
+    config, found = search.config, []
+    pairs = [
+        (entry, search.entry(candidate))
+        for entry in finalists
+        for candidate in on_backends(entry.candidate, config.backends)
+    ]
+    others = [other for _, other in pairs]
+    if any(other.p50_ms is None for other in others):
+        search.say(f"timing {len(finalists)} finalists on other back ends")
+        # All anew, in turn: a timing of minutes ago may be that of a busier machine.
+        search.time([*finalists, *others], anew=True)
+    entries += others
+    for entry, other in pairs:
+        other.nfe = entry.nfe  # some back ends call what cannot be watched
+        if other.problem or (other.p50_ms or math.inf) > FASTER * (entry.p50_ms or 0.0):
+            other.dropped = None if other.problem else 0
+            continue
+        search.say(f"'{other.candidate.name}': {other.p50_ms:.3g} ms instead of {entry.p50_ms:.3g}")
+        search.play([other], config.episodes)
+        if not other.problem:
+            found.append(other)
+    return found
+
+
+def _finish(
+    search: Search, entries: Sequence[Entry], reference: Entry, chosen: Entry | None, confirmation: Any
+) -> dict[str, Any]:
+    config = search.config
+    rows = [entry.row(search.on_success) for entry in entries]
+    complete = [i for i, row in enumerate(rows) if row["episodes"] == config.episodes and row["p50_ms"] is not None]
+    ranks = domination_ranks([(entries[i].score, entries[i].p50_ms or 0.0) for i in complete])
+    for i, row in enumerate(rows):
+        row["front"] = i in complete and ranks[complete.index(i)] == 0
+    document: dict[str, Any] = {
+        "run": str(search.run),
+        "env": search.env.spec.name,
+        "score_name": search.env.spec.score,
+        "config": to_dict(config),
+        "reference": reference.candidate.name,
+        "chosen": None if chosen is None else chosen.candidate.name,
+        "runtime": None,
+        "paired": None if chosen in (None, reference) else paired(reference, chosen, search.on_success),  # type: ignore[arg-type]
+        "confirmation": confirmation,
+        "rows": rows,
+        "notes": search.notes,
+        "machine": machine(),
+    }
+    if chosen is not None:
+        folder = Path(chosen.candidate.run)
+        # A file in the run folder itself comes first when the run is loaded: then that is the one to replace.
+        place = folder if (folder / RUNTIME_FILE).is_file() else find_policy(folder)
+        document["runtime"] = str(write_runtime(chosen.candidate.runtime, place))
+    write_json(search.out / FILE, document)
+    if chosen is None:
+        fastest = min((e for e in entries if e.p95_ms is not None), key=lambda e: e.p95_ms or 0.0)
+        raise DipoleError(
+            f"no candidate keeps to {config.target_ms:g} ms (95th percentile); the fastest, "
+            f"'{fastest.candidate.name}', takes {fastest.p95_ms:.3g} ms: see {search.out / FILE}"
+        )
+    return document
+
+
+def forget(out: Path) -> None:
+    """Remove what earlier searches left in a folder."""
+    for folder in (out / "candidates", out / "confirmation" / "candidates"):
+        for path in folder.glob("*.json") if folder.is_dir() else ():
+            with suppress(FileNotFoundError):
+                path.unlink()

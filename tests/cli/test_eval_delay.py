@@ -57,6 +57,17 @@ def test_a_delayed_evaluation_is_repeatable_and_says_how_late_it_was(run, tmp_pa
     assert first["fingerprint"] != document(capsys, run, tmp_path)["fingerprint"]
 
 
+def test_it_says_what_the_delay_did_and_leaves_the_normal_evaluation_alone(run, tmp_path, capsys):
+    document(capsys, run, tmp_path)
+    before = (tmp_path / "evaluation.json").read_bytes()
+    words = ("--latency-ms", "200", "--drop", "0.1", "--episodes", "3", "--out", str(tmp_path))
+    main(["eval", str(run), "--env", ENV, *words])
+    printed = capsys.readouterr().out
+    assert "200 ms (± 0), 10 % lost; sync: without a plan in" in printed
+    assert str(tmp_path / "evaluation_delayed.json") in printed
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+
+
 def test_several_latencies_and_modes_make_a_table_and_a_picture(run, tmp_path, capsys):
     rows = document(capsys, run, tmp_path, "--latency-ms", "0,200", "--execution", "sync,async-drop,rtc")
     assert [(row["mode"], row["latency_ms"]) for row in rows] == [

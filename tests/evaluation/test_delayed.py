@@ -17,6 +17,7 @@ from dipole.policies import DiffusionPolicy, PolicyConfig
 from dipole.realtime.delay_sweep import DelayResult, parse_latencies, parse_modes, save_delays, sweep_delays
 from dipole.realtime.delayed import Delay, Link, executed_policy, held
 from dipole.realtime.execution import MODES
+from dipole.realtime.runtime import Runtime, apply
 
 SEEDS = range(100, 123)  # more than a block of 16, and no multiple of any number of rows below
 PLAIN_MODES = [mode for mode in MODES if mode != "rtc"]
@@ -200,8 +201,11 @@ def test_whole_chunks_where_they_are_needed(diffusion, toys):
     assert diffusion.action_horizon == 3
     remembering = toys.Policy(memory=True)
     assert executed_policy(remembering, "async-drop") is remembering
-    with pytest.raises(DipoleError, match="memory of its own"):
-        executed_policy(remembering, "rtc")
+    by_a_method = apply(diffusion, Runtime("ensemble"))
+    assert executed_policy(by_a_method, "async-drop") is by_a_method
+    for policy in (remembering, by_a_method):
+        with pytest.raises(DipoleError, match="is run plainly"):
+            executed_policy(policy, "rtc")
 
 
 @pytest.mark.parametrize(

@@ -127,13 +127,15 @@ def _evaluate(args: Args, policy: Any, env: Any, folder: Path, options: dict[str
 
     with EpisodeBar(args.episodes) as bar:
         evaluation = evaluate(policy, env, videos=args.videos, folder=folder, progress=bar, **options)
-    evaluation.save(folder / FILE)
+    # What is said of a run is what it does without delay: `report` and `compare` read that file.
+    path = folder / (FILE if options.get("delay") is None else "evaluation_delayed.json")
+    evaluation.save(path)
     if hasattr(policy, "denoising_chain"):
         save_chain(folder, record_chain(policy, env, options["seed"]))
     if args.json:
         _dump(evaluation.to_json())
     else:
-        _print_evaluation(evaluation, folder / FILE)
+        _print_evaluation(evaluation, path)
 
 
 def _sweep(args: Args, policy: Any, env: Any, samplers: list[Any], folder: Path, options: dict[str, Any]) -> None:
@@ -193,6 +195,8 @@ def _print_evaluation(evaluation: Evaluation, path: Path) -> None:
         name = evaluation.score_name.replace("_", " ")
         rows.append((name, f"{number(score.value)} (interval {number(score.low)} to {number(score.high)})"))
     rows.append(("length", f"{evaluation.length.value:.1f} env steps"))
+    if "delay" in evaluation.settings:
+        rows.append(("delay", _delay_text(evaluation)))
     for latency in evaluation.timing["latency"]:
         threads = f"{latency['threads']} thread{'s' if latency['threads'] > 1 else ''}"
         rows.append(
@@ -205,6 +209,13 @@ def _print_evaluation(evaluation: Evaluation, path: Path) -> None:
     for label, value in rows:
         print(f"{label:12s}{value}")
     print(f"saved in {path}")
+
+
+def _delay_text(evaluation: Evaluation) -> str:
+    delay, steps = evaluation.settings["delay"], evaluation.column("length").sum()
+    link, idle = delay["link"], evaluation.column("execution.fallback").sum() / steps
+    late = f"{link['latency_ms']:g} ms (± {link['jitter_ms']:g}), {100 * link['drop']:g} % lost"
+    return f"{late}; {delay['mode']}: without a plan in {100 * idle:.1f} % of the steps"
 
 
 def _print_sweep(results: list[SamplerResult], path: Path) -> None:

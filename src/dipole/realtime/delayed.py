@@ -22,6 +22,7 @@ import torch
 
 from dipole.envs.spec import EnvSpec, VectorEnv
 from dipole.errors import DipoleError
+from dipole.evaluation.describe import trained
 from dipole.evaluation.rollout import Runner, check_chunk
 from dipole.policies.policy import Policy, put_rows, take_rows
 from dipole.realtime.execution import Command, Controller, Fallback, Request, execution_mode
@@ -102,7 +103,7 @@ class Delay:
 def executed_policy(policy: Any, mode: str) -> Any:
     """Return the policy as a mode needs it: whole chunks where they overlap, told of the plan in `rtc`.
 
-    A policy with a memory of its own, whose chunks are as long as they are, keeps them.
+    A policy that is run by a method of `dipole.realtime` or has a memory of its own keeps its chunks as they are.
 
     Raises:
         DipoleError: Real-time chunking does not work with this policy.
@@ -110,10 +111,12 @@ def executed_policy(policy: Any, mode: str) -> Any:
     execution = execution_mode(mode)
     if not execution.overlap:
         return policy
-    plain = not policy.initial_state(1)
+    plain = trained(policy) is policy and not policy.initial_state(1)
     if execution.prefix:
         if not plain:
-            raise DipoleError(f"mode '{mode}' needs a policy that is run plainly, not one with a memory of its own")
+            raise DipoleError(
+                f"mode '{mode}' needs a policy that is run plainly: add --method plain, or use another mode"
+            )
         return PrefixPolicy(policy)
     if not plain or not hasattr(getattr(policy, "config", None), "action_horizon"):
         return policy

@@ -325,9 +325,18 @@ def _check_out(out: Path, resume: bool, method: str, described: Mapping[str, Any
             )
             raise DipoleError(f"{out}: the output folder is not empty: {hint}")
         return
+    check_same(read_record(out, method), described, out)
+
+
+def read_record(out: Path, method: str) -> dict[str, Any]:
+    """Return what a run was started with.
+
+    Raises:
+        DipoleError: There is no run, or it was started with another method.
+    """
     if not (out / RECORD).is_file():
         raise DipoleError(f"{out}: nothing to resume ('{RECORD}' is missing): start the run without --resume")
-    stored = read_json(out / RECORD)
+    stored: dict[str, Any] = read_json(out / RECORD)
     if stored.get("method") != method:
         raise DipoleError(f"{out}: was started with method '{stored.get('method')}', not '{method}': use another --out")
-    check_same(stored, described, out)
+    return stored

@@ -14,6 +14,7 @@ COMMANDS = {
     "collect": "collect demonstrations with a scripted expert",
     "inspect": "look at a dataset: counts, ranges, defects",
     "train": "train a diffusion or flow policy on demonstrations",
+    "finetune": "improve a policy by reinforcement learning",
     "eval": "evaluate a policy on unseen seeds, with intervals",
     "compare": "compare two policies on the same seeds",
     "serve": "serve policies to robots over the network",

@@ -289,20 +289,8 @@ def test_training_sees_the_same_batches(sets):
 def test_a_streamed_run_ends_with_the_same_weights(sets, tmp_path, capsys):
     from dipole.cli import main
 
-    words = [
-        "--steps",
-        "2",
-        "--batch-size",
-        "4",
-        "--precision",
-        "fp32",
-        "--network",
-        "width=32",
-        "--pred-horizon",
-        "8",
-        "--action-horizon",
-        "4",
-    ]
+    words = ["--steps", "2", "--batch-size", "4", "--precision", "fp32", "--network", "width=32"]
+    words += ["--pred-horizon", "8", "--action-horizon", "4"]
     weights = []
     lerobot.write(lerobot.read(sets / "h264").select([0, 2, 3]), tmp_path / "set", pictures="h264")
     for name, memory in (("whole", []), ("streamed", ["--memory", "0"])):

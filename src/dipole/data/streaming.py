@@ -5,11 +5,11 @@ and `numpy.asarray(column)` decode, `column[a:b]` is another such column. `Windo
 an array and give the same pixels, whatever the number of workers. `dipole.data.load(path, stream=True)` makes them for
 LeRobotDatasets; the loader of `dipole.training` asks for batches ahead of their use.
 
-Memory, beside the columns of numbers: the cache of decoded pictures (`Streaming.cache_mb`, 256 MB), the batch being
-gathered, at most 64 MB of indices of video files (28 bytes per frame of the files in use, the least used given up
+Memory, beside the columns of numbers: the cache of decoded pictures (`Streaming.cache_mb`, 256 MiB), the batch being
+gathered, at most 64 MiB of indices of video files (28 bytes per frame of the files in use, the least used given up
 first), a few pictures per worker, and 20 bytes per frame and camera for times and offsets. It does not grow with the
-pictures of the dataset. Measured without the cache (`benchmarks/streaming_loader.py`, two threads, batches of 32 windows
-of two cameras at 160 x 120): 100 MiB beyond Python and torch, for 395 MiB of decoded pictures.
+pictures of the dataset. Measured without the cache (`benchmarks/streaming_loader.py`: two threads, batches of 32
+windows of two cameras at 160 x 120): 100 MiB beyond Python and torch, for 395 MiB of decoded pictures.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ POLICIES = {
     "edited": ("dipole.rl.edited", "EditedPolicy"),
     "residual": ("dipole.rl.residual", "ResidualPolicy"),
     "diffusion-drive": ("dipole.policies.diffusion_drive", "DiffusionDrivePolicy"),
+    "rdp": ("dipole.policies.rdp", "RdpPolicy"),
 }
 
 

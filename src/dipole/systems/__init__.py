@@ -20,7 +20,7 @@ from dipole.systems.run import Progress, Run, silent
 __all__ = ["Card", "Claim", "Margin", "Measure", "Report", "Run", "Source", "card", "names", "reproduce", "tiers"]
 
 # A closed list: a module's name with '-' for '_' is the system's name.
-_MODULES = ("bc_diffusion", "beso", "diffusiondrive", "dppo", "dsrl", "expo", "mode", "rdp", "reinflow", "resip")
+_MODULES = ("bac", "bc_diffusion", "beso", "diffusiondrive", "dppo", "dsrl", "expo", "mode", "rdp", "reinflow", "resip", "rti", "sdp")  # fmt: skip
 
 
 def names() -> list[str]:

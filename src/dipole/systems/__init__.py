@@ -20,7 +20,22 @@ from dipole.systems.run import Progress, Run, silent
 __all__ = ["Card", "Claim", "Margin", "Measure", "Report", "Run", "Source", "card", "names", "reproduce", "tiers"]
 
 # A closed list: a module's name with '-' for '_' is the system's name.
-_MODULES = ("bac", "bc_diffusion", "beso", "diffusiondrive", "dppo", "dsrl", "expo", "mode", "rdp", "reinflow", "resip", "rti", "sdp")  # fmt: skip
+_MODULES = (
+    "bac",
+    "bc_diffusion",
+    "beso",
+    "diffusiondrive",
+    "dppo",
+    "dsrl",
+    "expo",
+    "mode",
+    "rdp",
+    "rdp_contact",
+    "reinflow",
+    "resip",
+    "rti",
+    "sdp",
+)
 
 
 def names() -> list[str]:

@@ -105,7 +105,7 @@ def _caller(policy: DiffusionPolicy, process: Process) -> Callable[[float], dict
         if process is not own:
             level, factor = _matched(own, process, level)
         number = float_conversion(objective.prediction_type, own, level, objective.sigma_data)
-        time = float(network_time(level, own))
+        time = float(network_time(level, own, torch.float64))
         return {"time": time, "c_in": number.c_in * factor, "c_x": number.c_x * factor, "c_out": number.c_out}
 
     return call

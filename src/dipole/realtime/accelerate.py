@@ -189,11 +189,11 @@ class Search:
         selection, self.seeds = self.seeds, episode_seeds(first_seed(self.config.seed), self.config.episodes)
         out, self.out = self.out, self.out / "confirmation"
         try:
-            pair = [self.entry(entry.candidate) for entry in (reference, chosen)]
-            self.play(pair, self.config.episodes)
+            before, after = self.entry(reference.candidate), self.entry(chosen.candidate)
+            self.play([before, after], self.config.episodes)
         finally:
             self.seeds, self.out = selection, out
-        return {"first_seed": first_seed(self.config.seed), **paired(*pair, self.on_success)}
+        return {"first_seed": first_seed(self.config.seed), **paired(before, after, self.on_success)}
 
 
 @dataclass
@@ -349,7 +349,7 @@ def _finish(
         "reference": reference.candidate.name,
         "chosen": None if chosen is None else chosen.candidate.name,
         "runtime": None,
-        "paired": None if chosen in (None, reference) else paired(reference, chosen, search.on_success),  # type: ignore[arg-type]
+        "paired": None if chosen is None or chosen is reference else paired(reference, chosen, search.on_success),
         "confirmation": confirmation,
         "rows": rows,
         "notes": search.notes,

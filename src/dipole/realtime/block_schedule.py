@@ -216,7 +216,8 @@ def make_schedule(calibration: Calibration, options: ScheduleOptions | None = No
         raise DipoleError(f"block cache: a budget of {options.budget} calls out of {count}: choose from 1 to {count}")
     matrices = calibration.matrices[options.metric]
     if options.shared:
-        matrices = dict.fromkeys(matrices, np.mean(list(matrices.values()), axis=0))
+        mean: np.ndarray = np.mean(list(matrices.values()), axis=0)
+        matrices = {name: mean for name in matrices}  # noqa: C420
     if options.mode == "uniform":
         chosen = {name: tuple(i * count // options.budget for i in range(options.budget)) for name in matrices}
     else:

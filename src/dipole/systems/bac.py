@@ -141,8 +141,8 @@ def measure(policy: DiffusionPolicy, episodes: Episodes, variants: Sequence[str]
     probes = observations(policy, episodes, PROBES, seed=2)
     cost = chunk_cost(policy, {key: value[:1] for key, value in probes.items()})
     full = chunks(policy, probes)
-    policies, results = {"full": policy}, {}
-    results["full"] = {"macs": cost.total, "error": 0.0, "share": 1.0}
+    policies: dict[str, Any] = {"full": policy}
+    results: dict[str, Any] = {"full": {"macs": cost.total, "error": 0.0, "share": 1.0}}
     for name in variants:
         schedule = make_schedule(calibration, VARIANTS[name])
         policies[name] = BlockCachePolicy(policy, schedule)
@@ -327,7 +327,7 @@ def _scheduler() -> list[Claim]:
         half = rng.uniform(size=(12, 12))
         matrix = (half + half.T) / 2
         for objective in ("anchor", "adjacent"):
-            options = ScheduleOptions(4, objective=objective)  # type: ignore[arg-type]
+            options = ScheduleOptions(4, objective=objective)
             worst[objective] = max(worst[objective], _shortfall(matrix, adaptive(matrix, options), options))
         found = set(adaptive(matrix, ScheduleOptions(4, objective="adjacent")))
         smallest = {0, *(1 + np.argsort(np.diagonal(matrix, 1))[:3]).tolist()}
@@ -350,10 +350,10 @@ def _shortfall(matrix: np.ndarray, found: tuple[int, ...], options: ScheduleOpti
     values, count = segment_values(matrix, options.objective), len(matrix)
 
     def total(starts: tuple[int, ...]) -> float:
-        return sum(values[a, b] for a, b in itertools.pairwise((*starts, count)))
+        return float(sum(values[a, b] for a, b in itertools.pairwise((*starts, count))))
 
     rest = itertools.combinations(range(1, count), options.budget - 1)
-    return float(max(total((0, *others)) for others in rest) - total(found))
+    return max(total((0, *others)) for others in rest) - total(found)
 
 
 def _cache(kind: str, policy: DiffusionPolicy, obs: dict[str, Tensor]) -> list[Claim]:

@@ -32,8 +32,9 @@ def tiny_policy(env=ENV, process="flow", horizon=4, obs_horizon=1, sampler=None,
         **options,
     )
     policy = make_policy(config, demonstrations(env)).eval()
-    with torch.no_grad():
-        policy.network.head.weight.mul_(10)
+    if network["name"] == "mlp":
+        with torch.no_grad():
+            policy.network.head.weight.mul_(10)
     return policy
 
 

@@ -13,9 +13,10 @@ from dipole.evaluation.rollout import rollout
 from dipole.policies import DiffusionPolicy, load_policy, make_config, make_policy
 from dipole.rl import finetune as loop
 from dipole.rl.base import Base
-from dipole.rl.finetune import FinetuneConfig, finetune
+from dipole.rl.finetune import finetune
 from dipole.rl.methods import METHODS
 from dipole.rl.methods import make_config as method_config
+from dipole.rl.settings import FinetuneConfig
 from dipole.training import read_metrics
 
 SMALL = {
@@ -147,9 +148,7 @@ def test_a_base_that_does_not_fit_the_environment():
     policy = tiny_policy()
     with pytest.raises(DipoleError, match=r"needs 'observation.state', but|of shape"):
         Base(policy, make("micro/grip2d", 1))
-    with pytest.raises(
-        DipoleError, match=r"actions of 2 components|of shape"
-    ):
+    with pytest.raises(DipoleError, match=r"actions of 2 components|of shape"):
         Base(policy, make("micro/slot_peg", 1))
     with pytest.raises(DipoleError, match=r"executes Ta=4 actions per chunk, episodes of 'micro/two_goal' last 3"):
         Base(policy, make(ENV, 1, max_steps=3))

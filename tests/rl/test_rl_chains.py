@@ -237,3 +237,20 @@ def test_flow_sde_keeps_the_marginals_of_a_mixture():
 def test_reinflow_needs_a_flow():
     with pytest.raises(DipoleError, match="reinflow is for flow policies"):
         make(setting_of(tiny_policy(process="vp-cosine")), ReinFlowConfig())
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"name": "unet1d", "down_dims": [8, 16], "kernel_size": 3, "n_groups": 4, "step_embed_dim": 8},
+        {"name": "transformer", "width": 8, "num_layers": 1, "num_heads": 2},
+    ],
+    ids=["unet", "transformer"],
+)
+def test_other_networks(network):
+    policy = tiny_policy(process="vp-cosine", sampler=SamplerConfig("ddim", 4), network=network)
+    settings = DPPOConfig(tuned_steps=2, decisions=2, batch_size=4, epochs=1)
+    learner = DPPO(setting_of(policy), settings)
+    # float32; a transformer's softmax adds a few roundings
+    assert learner.iterate(0)["first_ratio_error"] < 1e-4
+    assert learner.policy().act({"observation.state": torch.zeros(1, 1, 2)}, {})[0].shape == (1, 4, 2)

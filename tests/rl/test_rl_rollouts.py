@@ -12,7 +12,8 @@ from dipole.envs import make
 from dipole.envs.seeds import EVAL_SEED
 from dipole.errors import DipoleError
 from dipole.rl.buffers import ReplayBuffer, offline_transitions, sample_mixed
-from dipole.rl.rollouts import FIRST_SEED, Collector, Decision
+from dipole.rl.experience import Decision
+from dipole.rl.rollouts import FIRST_SEED, Collector
 
 KEYS = ["observation.state"]
 
@@ -242,3 +243,24 @@ def test_data_without_rewards():
     bare = Episodes({key: episodes.features[key] for key in kept}, kept, episodes.ends, episodes.fps, episodes.tasks)
     with pytest.raises(DipoleError, match=r"the data have no 'next.reward'"):
         offline_transitions(bare, base_of(tiny_policy()))
+
+
+@pytest.mark.slow
+def test_a_killed_worker_process_of_a_real_simulator():
+    """Needs a simulator in worker processes: SIGKILL one in the middle of a run."""
+    pytest.importorskip("gym_pusht")
+    run = Collector(partial(make, "pusht", 2, "async", num_workers=2), look, KEYS, 1, 0)
+
+    def hold(features, generator):
+        return Decision(torch.full((len(features), 4, 2), 256.0))
+
+    try:
+        run.collect(hold, 2)
+        run.env._workers[0].kill()
+        run.env._workers[0].join()
+        rollout = run.collect(hold, 3)
+        assert rollout.features.shape[:2] == (3, 2)
+        assert run.lost == {"workers": 1, "episodes": 2, "env_steps": 16}
+        assert torch.isfinite(rollout.reward).all()
+    finally:
+        run.close()

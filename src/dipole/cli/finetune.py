@@ -24,7 +24,7 @@ import tyro
 from dipole.errors import DipoleError
 
 if TYPE_CHECKING:
-    from dipole.rl.finetune import FinetuneConfig, FinetuneResult
+    from dipole.rl.settings import FinetuneConfig, FinetuneResult
 
 
 def _option(metavar: str, default: str | None = None) -> Any:
@@ -121,16 +121,18 @@ def _given(args: Args) -> dict[str, Any]:
 
 def _stored(out: Path, method: str) -> dict[str, Any]:
     """Return the options the run was started with."""
-    from dipole.rl.finetune import read_record
+    from dipole.rl.settings import read_record
 
     return dict(read_record(out, method).get("command", {}))
 
 
 def _config(options: Mapping[str, Any]) -> FinetuneConfig:
-    from dipole.rl.finetune import FinetuneConfig
+    from dipole.rl.settings import FinetuneConfig
 
     names = {field.name for field in fields(FinetuneConfig)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names}
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in options.items() if name in names
+    }
     return FinetuneConfig(**values)
 
 

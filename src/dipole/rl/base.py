@@ -125,7 +125,7 @@ class Base:
     def cond(self, features: Tensor) -> dict[str, Tensor]:
         """Return the conditioning that `features` `[n, F]` were made of."""
         sizes = [math.prod(shape) for shape in self._shapes.values()]
-        parts = features.split(sizes, dim=1)
+        parts = torch.split(features, sizes, dim=1)
         return {
             key: part.reshape(len(part), *shape) for (key, shape), part in zip(self._shapes.items(), parts, strict=True)
         }

@@ -107,7 +107,7 @@ class Chains:
     def draw(self, features: Tensor, generator: Generator | None = None) -> Tensor:
         """Return chains of the tuned part, `[n, K' + 1, Tp, Da]`: before the first tuned step .. final chunk."""
         shape = (len(features), self.base.pred_horizon, self.base.action_dim)
-        x = initial_noise(self.process, self.levels, shape, generator, like=features)
+        x: Any = initial_noise(self.process, self.levels, shape, generator, like=features)
         head = self.levels[: self.total - self.steps + 1]
         if len(head) > 1:
             cond = self.base.cond(features)

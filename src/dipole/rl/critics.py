@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Literal["relu", "tanh", "mish"]
-_ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "mish": F.mish}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "mish": F.mish}
 _MODULES: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "mish": nn.Mish}
 
 
@@ -84,7 +84,10 @@ class Critics(nn.Module):
         """Return the values of all heads, or of `heads` (indices `[m]`): `[E, n]` or `[m, n]`."""
         x = torch.cat([features, action], dim=-1).expand(self.count if heads is None else len(heads), -1, -1)
         for i, layer in enumerate(self.layers):
-            weight, bias = (layer.weight, layer.bias) if heads is None else (layer.weight[heads], layer.bias[heads])
+            weight: Tensor = layer.get_parameter("weight")
+            bias: Tensor = layer.get_parameter("bias")
+            if heads is not None:
+                weight, bias = weight[heads], bias[heads]
             x = torch.baddbmm(bias, x, weight)
             if i < len(self.layers) - 1:
                 x = F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x

@@ -25,9 +25,9 @@ from dipole.rl.advantages import RewardScale, gae, normalise, over_denoising
 from dipole.rl.buffers import ReplayBuffer
 from dipole.rl.chains import Chains, MinStd
 from dipole.rl.critics import Value
+from dipole.rl.experience import Decision, Rollout
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import clip_schedule, ppo_loss, ratio_figures
-from dipole.rl.rollouts import Decision, Rollout
 from dipole.rl.staged import StagedPolicy
 from dipole.rl.wrapped import with_network
 from dipole.training.seeding import generator
@@ -198,11 +198,11 @@ class DPPO:
         if not self.chains.steps:
             return {}
         with torch.no_grad():
-            parts = zip(chain.split(config.batch_size), features.split(config.batch_size), strict=True)
+            parts = zip(torch.split(chain, config.batch_size), torch.split(features, config.batch_size), strict=True)
             old = torch.cat([self.log_prob(*part) for part in parts])
         random = generator(self.setting.seed, "minibatches", iteration)
         for epoch in range(config.epochs):
-            for chosen in torch.randperm(len(chain), generator=random).split(config.batch_size):
+            for chosen in torch.split(torch.randperm(len(chain), generator=random), config.batch_size):
                 row = {"chain": chain[chosen], "features": features[chosen], "old": old[chosen]}
                 figures = self._minibatch(row, advantage[chosen], target[chosen], iteration)
                 if epoch == 0 and "ratio_error" not in sums:

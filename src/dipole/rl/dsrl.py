@@ -23,9 +23,9 @@ from dipole.errors import DipoleError
 from dipole.rl.actors import TanhGaussian
 from dipole.rl.buffers import Groups, ReplayBuffer, offline_transitions, sample_mixed
 from dipole.rl.critics import Activation, Critics, follow
+from dipole.rl.experience import Decision
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import Temperature
-from dipole.rl.rollouts import Decision
 from dipole.rl.steered import SteeredPolicy, spread
 from dipole.training.seeding import generator
 
@@ -51,6 +51,7 @@ class DSRLConfig:
         warmup: Decisions of all rows together with normal noise, before learning.
         decisions: Decisions of all rows together in an iteration (how often figures are reported).
         target_entropy: Of the action in [-1, 1]^d.
+        alpha: First temperature; it should be small beside the rewards, or entropy is all that counts at the start.
         capacity: Of the replay buffer.
         offline_share: Share of each batch taken from recorded data, where given (`na` only).
     """
@@ -71,6 +72,7 @@ class DSRLConfig:
     warmup: int = 1500
     decisions: int = 25
     target_entropy: float = 0.0
+    alpha: float = 1.0
     capacity: int = 1_000_000
     offline_share: float = 0.5
 
@@ -93,7 +95,7 @@ class DSRL:
             return Critics(features, width, hidden, config.critics, config.activation)
 
         self.actor = TanhGaussian(features, self.noise_dim, hidden, config.activation, layer_norm=True)
-        self.temperature = Temperature(config.target_entropy, self.noise_dim)
+        self.temperature = Temperature(config.target_entropy, self.noise_dim, config.alpha)
         # `main` bootstraps: Q_A for na, Q of the noise for sac; the actor climbs `noise` (the same one for sac).
         main = critics(action_dim if config.variant == "na" else self.noise_dim)
         self.modules = nn.ModuleDict({"actor": self.actor, "temperature": self.temperature, "main": main})

@@ -41,10 +41,10 @@ def candidates(features: Tensor, sampled: Tensor, edit: Edit | None) -> Tensor:
     return torch.cat([sampled, sampled + edits.view_as(sampled)], dim=1)
 
 
-def values(critics: Critics, features: Tensor, actions: Tensor, heads: Tensor | None) -> Tensor:
+def values(critics: nn.Module, features: Tensor, actions: Tensor, heads: Tensor | None) -> Tensor:
     """Return the smallest value over `heads` (or the mean over all heads), `[n, C]`, of actions `[n, C, d]`."""
     count = actions.shape[1]
-    q = critics(features.repeat_interleave(count, 0), actions.flatten(0, 1), heads)
+    q: Tensor = critics(features.repeat_interleave(count, 0), actions.flatten(0, 1), heads)
     return (q.mean(0) if heads is None else q.amin(0)).view(len(features), count)
 
 
@@ -92,10 +92,10 @@ class EditedPolicy(Wrapping, nn.Module):
         self.base = build_base(config.base_type, config.base, normalizer)
         d = self.base.action_horizon * self.base.action_dim
         self.edit = TanhGaussian(config.feature_dim + d, d, config.hidden)
-        self.critics = Critics(config.feature_dim, d, config.critic_hidden, config.critics)
+        self.critics: nn.Module = Critics(config.feature_dim, d, config.critic_hidden, config.critics)
 
     @classmethod
-    def of(cls, base: Any, edit: TanhGaussian, critics: Critics, config: EditedConfig) -> EditedPolicy:
+    def of(cls, base: Any, edit: TanhGaussian, critics: nn.Module, config: EditedConfig) -> EditedPolicy:
         """Return the policy of these parts, shared and not copied."""
         policy = cls.__new__(cls)
         nn.Module.__init__(policy)

@@ -22,9 +22,9 @@ from dipole.rl.actors import TanhGaussian
 from dipole.rl.buffers import Groups, ReplayBuffer, offline_transitions, sample_mixed
 from dipole.rl.critics import Critics, follow
 from dipole.rl.edited import EditedPolicy, candidates, edited_config, values
+from dipole.rl.experience import Decision
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import Temperature
-from dipole.rl.rollouts import Decision
 from dipole.rl.wrapped import with_network
 from dipole.training.seeding import generator
 
@@ -52,6 +52,7 @@ class EXPOConfig:
         warmup_actions: Taken meanwhile: the base's, or uniform in the environment's bounds.
         decisions: Decisions of all rows together in an iteration.
         target_entropy: Of the unscaled edit; None for -d/2.
+        alpha: First temperature.
         capacity: Of the replay buffer.
         offline_share: Share of each batch taken from recorded data, where given.
     """
@@ -74,6 +75,7 @@ class EXPOConfig:
     warmup_actions: Literal["base", "uniform"] = "uniform"
     decisions: int = 100
     target_entropy: float | None = None
+    alpha: float = 1.0
     capacity: int = 1_000_000
     offline_share: float = 0.5
 
@@ -92,7 +94,7 @@ class EXPO:
         self.edit = TanhGaussian(base.feature_dim + d, d, config.hidden)
         self.critics = Critics(base.feature_dim, d, config.hidden, config.critics)
         entropy = -d / 2 if config.target_entropy is None else config.target_entropy
-        self.temperature = Temperature(entropy, d)
+        self.temperature = Temperature(entropy, d, config.alpha)
         learned = {"base": network, "edit": self.edit, "critics": self.critics, "temperature": self.temperature}
         self.modules = nn.ModuleDict({**learned, "average": average})
         self.modules["target"] = copy.deepcopy(self.critics).requires_grad_(False)

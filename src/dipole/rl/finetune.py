@@ -12,9 +12,8 @@ import functools
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +28,8 @@ from dipole.policies.checkpoint import save_policy
 from dipole.rl.base import Base
 from dipole.rl.learner import Learner, Setting
 from dipole.rl.methods import make_learner
-from dipole.serialization import read_json, to_dict, write_json
+from dipole.rl.settings import RECORD, FinetuneConfig, FinetuneResult, check_out, describe
+from dipole.serialization import write_json
 from dipole.training.checkpoint import (
     TrainingState,
     load_state,
@@ -40,79 +40,11 @@ from dipole.training.checkpoint import (
     save_state,
 )
 from dipole.training.progress import ProgressBar
-from dipole.training.record import check_same
 from dipole.training.result import Best
 from dipole.training.stopping import StopRequest
 from dipole.training.tracking import Trackers, check_trackers, open_trackers
 
-RECORD = "finetune.json"
 EVALUATIONS = 10
-SAVE_SECONDS = 60.0
-_FREE = ("save_seconds", "track", "mode", "num_workers")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of a run that every method has.
-
-    Attributes:
-        env_steps: Env steps to take in all (an iteration under way is finished).
-        num_envs: Environments.
-        seed: Of everything random.
-        reward: The environment's own, or 1 at success and 0 else.
-        step_penalty: Subtracted from the reward of every env step.
-        eval_every: Env steps between two evaluations; None for ten in all.
-        eval_episodes: Episodes of an evaluation; 0 for none.
-        save_seconds: Seconds between two saves of the training state.
-        mode: How the environments run; see `dipole.envs.make`.
-        num_workers: Worker processes of mode `async`.
-        track: Further places to log to.
-    """
-
-    env_steps: int = 100_000
-    num_envs: int = 8
-    seed: int = 0
-    reward: Literal["env", "success"] = "env"
-    step_penalty: float = 0.0
-    eval_every: int | None = None
-    eval_episodes: int = 50
-    save_seconds: float = SAVE_SECONDS
-    mode: Literal["sync", "async", "native"] | None = None
-    num_workers: int | None = None
-    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, least in (("env_steps", 1), ("num_envs", 1), ("eval_episodes", 0), ("eval_every", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise DipoleError(f"{name} is {value}: it must be at least {least}")
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """How a run ended.
-
-    Attributes:
-        out: Its folder.
-        env_steps: Env steps taken.
-        episodes: Training episodes begun.
-        seconds: Time taken, evaluations included.
-        before: Score of the base on the evaluation episodes; None without evaluation.
-        after: Score of the last evaluation.
-        best: Best evaluation.
-        lost: What was lost with workers that died.
-        policy: The improved policy, in memory.
-    """
-
-    out: Path
-    env_steps: int
-    episodes: int
-    seconds: float
-    before: float | None
-    after: float | None
-    best: Best | None
-    lost: dict[str, int]
-    policy: Any
 
 
 def finetune(
@@ -151,8 +83,8 @@ def finetune(
     out = Path(out)
     options = dict(env_options or {})
     check_trackers(config.track)
-    described = _describe(env, options, method, method_config, config, policy, command or {})
-    _check_out(out, resume, method, described)
+    described = describe(env, options, method, method_config, config, policy, command or {})
+    check_out(out, resume, method, described)
     workers = {} if config.num_workers is None else {"num_workers": config.num_workers}
     make_env = functools.partial(make, env, config.num_envs, config.mode, **workers, **options)
     evaluator = make(env, max(1, min(16, config.eval_episodes)), **options)
@@ -289,54 +221,3 @@ class _Run:
             lost=dict(collector.lost),
             policy=self.learner.policy(),
         )
-
-
-def _describe(
-    env: str,
-    options: dict[str, Any],
-    method: str,
-    method_config: Any,
-    config: FinetuneConfig,
-    policy: Any,
-    command: Any,
-) -> dict[str, Any]:
-    """Return what must be the same on resumption (in the parts `check_same` compares), and what may differ."""
-    from dipole.evaluation.describe import digest
-
-    values = to_dict(config)
-    return {
-        "format": 1,
-        "method": method,
-        "train": {key: value for key, value in values.items() if key not in _FREE},
-        "policy": {"digest": digest(policy), "sampler": to_dict(getattr(policy, "sampler", None))},
-        "data": {"env": env, "options": options, "settings": to_dict(method_config)},
-        "free": {key: values[key] for key in _FREE},
-        "command": dict(command),
-    }
-
-
-def _check_out(out: Path, resume: bool, method: str, described: Mapping[str, Any]) -> None:
-    if out.exists() and not out.is_dir():
-        raise DipoleError(f"{out}: is a file: choose another output folder")
-    if not resume:
-        if out.is_dir() and any(out.iterdir()):
-            hint = (
-                "go on with --resume, or choose another --out" if (out / RECORD).is_file() else "choose another --out"
-            )
-            raise DipoleError(f"{out}: the output folder is not empty: {hint}")
-        return
-    check_same(read_record(out, method), described, out)
-
-
-def read_record(out: Path, method: str) -> dict[str, Any]:
-    """Return what a run was started with.
-
-    Raises:
-        DipoleError: There is no run, or it was started with another method.
-    """
-    if not (out / RECORD).is_file():
-        raise DipoleError(f"{out}: nothing to resume ('{RECORD}' is missing): start the run without --resume")
-    stored: dict[str, Any] = read_json(out / RECORD)
-    if stored.get("method") != method:
-        raise DipoleError(f"{out}: was started with method '{stored.get('method')}', not '{method}': use another --out")
-    return stored

@@ -88,7 +88,7 @@ class Learner(Protocol):
 def descend(loss: torch.Tensor, optimizer: Optimizer, clip: float | None = None) -> float:
     """Take one optimiser step and return the gradient norm."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    torch.autograd.backward(loss)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if clip is not None:

@@ -15,7 +15,8 @@ import torch
 from dipole.envs import make
 from dipole.errors import DipoleError
 from dipole.rl.base import Base
-from dipole.rl.rollouts import Collector, Decision
+from dipole.rl.experience import Decision
+from dipole.rl.rollouts import Collector
 from dipole.rl.steered import spread
 from dipole.training.seeding import generator
 

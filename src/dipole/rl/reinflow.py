@@ -107,7 +107,7 @@ class ReinFlow(DPPO):
         steps = self.chains.steps
         features = row["features"].repeat_interleave(steps, 0)
         std = self.modules["noise"](features, torch.arange(steps).repeat(len(row["features"])))
-        entropy = (0.5 * math.log(2 * math.pi * math.e) + std[:, self.chains.dims].log()).mean()
+        entropy: Tensor = (0.5 * math.log(2 * math.pi * math.e) + std[:, self.chains.dims].log()).mean()
         return config.entropy_weight * entropy
 
 

@@ -47,7 +47,7 @@ class Queues:
     @property
     def feature_dim(self) -> int:
         """Return the width of what the residual sees."""
-        return self.base.feature_dim + self.base.action_dim + self.show_phase
+        return int(self.base.feature_dim + self.base.action_dim + self.show_phase)
 
     def __call__(self, obs: dict[str, Tensor], rows: Sequence[int], begins: bool, generator: Generator) -> Tensor:
         """Return `[n, feature_dim]`; rows that begin forget their chunk, the others go on to its next action."""

@@ -21,10 +21,10 @@ from dipole.diffusion.normal import Normal
 from dipole.diffusion.tensors import randn
 from dipole.rl.advantages import RewardScale, gae, normalise
 from dipole.rl.critics import Value
+from dipole.rl.experience import Decision, Rollout
 from dipole.rl.learner import Setting, descend, set_rate
 from dipole.rl.objectives import ppo_loss, ratio_figures
 from dipole.rl.residual import Queues, Residual, ResidualPolicy
-from dipole.rl.rollouts import Decision, Rollout
 from dipole.training.seeding import generator
 
 
@@ -136,7 +136,7 @@ class ResiP:
         sums: dict[str, list[float]] = {}
         size = -(-len(seen) // config.minibatches)
         for _ in range(config.epochs):
-            for chosen in torch.randperm(len(seen), generator=random).split(size):
+            for chosen in torch.split(torch.randperm(len(seen), generator=random), size):
                 part = {"seen": seen[chosen], "residual": residual[chosen], "old": old[chosen]}
                 figures = self._minibatch(part, normalise(advantage[chosen]), target[chosen], iteration)
                 sums.setdefault("first_ratio_error", [figures["ratio_error"]])

@@ -12,10 +12,10 @@ episode follows from its seed and its actions.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,73 +23,13 @@ from torch import Generator, Tensor
 
 from dipole.envs.spec import EnvSpec, StepResult, VectorEnv
 from dipole.errors import DipoleError
+from dipole.rl.experience import Decide, Groups, Observer, Rollout, Row, stack
 from dipole.training.seeding import derive, generator
 
 # Demonstrations and evaluations count up from 0 and 100 000: no episode of the upper half is met there.
 FIRST_SEED = 2**30
 RECENT = 100
 _RESTARTS = 5  # in a row, without a decision in between
-
-Groups = dict[str, Tensor]
-
-
-class Observer(Protocol):
-    """Turns observations into features. It may remember something per row (a queue of actions)."""
-
-    def __call__(self, obs: dict[str, Tensor], rows: Sequence[int], begins: bool, generator: Generator) -> Tensor:
-        """Return features `[n, F]` of observations `[n, To, ...]` of `rows`; `begins`: their episodes just began."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What all rows do next.
-
-    Attributes:
-        chunk: `[N, A, Da]` actions in physical units.
-        data: Anything to be stored with the decision, `[N, ...]` each.
-    """
-
-    chunk: Tensor
-    data: Groups = field(default_factory=dict)
-
-
-Decide = Callable[[Tensor, Generator], Decision]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """Decisions `[T, N]`.
-
-    Attributes:
-        features: `[T, N, F]` before each decision.
-        next_features: `[T, N, F]` after it, in the same episode (after a termination: of no meaning).
-        reward: `[T, N]`, summed over the executed actions.
-        terminated: `[T, N]` bool: the task ended (success included, where that ends an episode).
-        truncated: `[T, N]` bool: cut by the time limit or by a lost worker.
-        data: What `decide` attached, `[T, N, ...]` each.
-    """
-
-    features: Tensor
-    next_features: Tensor
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    data: Groups
-
-    def flat(self) -> Groups:
-        """Return all as `[T N, ...]` by name, as a replay buffer takes them."""
-        own = {key: getattr(self, key) for key in ("features", "next_features", "reward", "terminated", "truncated")}
-        return {key: value.flatten(0, 1) for key, value in {**own, **self.data}.items()}
-
-
-@dataclass
-class _Row:
-    """An episode under way."""
-
-    seed: int
-    actions: list[np.ndarray] = field(default_factory=list)
-    total: float = 0.0
-    success: bool = False
 
 
 class Collector:
@@ -135,7 +75,7 @@ class Collector:
         self.env_steps = self.decisions = self.episodes = self.looks = 0
         self.lost = {"workers": 0, "episodes": 0, "env_steps": 0}
         self.recent: deque[tuple[bool, float, int]] = deque(maxlen=RECENT)
-        self._rows: list[_Row] = [_Row(0) for _ in range(self.num_envs)]
+        self._rows: list[Row] = [Row(0) for _ in range(self.num_envs)]
         self._history: dict[str, np.ndarray] = {}
         self._features: Tensor | None = None
 
@@ -164,7 +104,7 @@ class Collector:
                 if failures > _RESTARTS:
                     raise DipoleError(f"environments died {failures} times in a row: {death}") from None
                 self._restart(taken)
-        return _stack(taken)
+        return stack(taken)
 
     def _decide(self, decide: Decide) -> dict[str, Any]:
         features = self.first()
@@ -193,7 +133,7 @@ class Collector:
         ends = {name: np.zeros(self.num_envs, bool) for name in ("terminated", "truncated")}
         rows = np.arange(self.num_envs)
         for k in range(actions.shape[1]):
-            result = self._guard(lambda k=k, rows=rows: self.env.step(actions[rows, k], rows.tolist()))
+            result = self._guard(functools.partial(self.env.step, actions[rows, k], rows.tolist()))
             self._remember(rows, result.obs)
             reward[rows] += self._rewards(rows, result)
             ended = result.terminated | (result.success & self.stop_on_success)
@@ -206,7 +146,7 @@ class Collector:
                 break
         return {"reward": reward, **ends}
 
-    def _note(self, row: _Row, action: np.ndarray, result: StepResult, i: int) -> None:
+    def _note(self, row: Row, action: np.ndarray, result: StepResult, i: int) -> None:
         row.actions.append(action)
         row.total += float(result.reward[i])
         row.success |= bool(result.success[i])
@@ -230,7 +170,7 @@ class Collector:
         """Start new episodes and look at their first observations."""
         rows = [int(row) for row in rows]
         for row in rows:
-            self._rows[row] = _Row(FIRST_SEED + derive(self.seed, "episode", self.episodes) % FIRST_SEED)
+            self._rows[row] = Row(FIRST_SEED + derive(self.seed, "episode", self.episodes) % FIRST_SEED)
             self.episodes += 1
         self._reset(rows)
         features = self._look(rows, begins=True)
@@ -320,10 +260,10 @@ class Collector:
         self.env_steps, self.decisions, self.episodes, self.looks = values["counters"]
         self.recent.extend((bool(s), float(r), int(n)) for s, r, n in values["recent"])
         self.lost = dict(values["lost"])
-        self._rows = [_Row(int(seed)) for seed, _ in values["rows"]]
+        self._rows = [Row(int(seed)) for seed, _ in values["rows"]]
         self._reset(range(self.num_envs))
         lengths = [int(length) for _, length in values["rows"]]
-        logs = [log.numpy() for log in tensors["actions"].split(lengths)]
+        logs = [log.numpy() for log in torch.split(tensors["actions"], lengths)]
         for k in range(max(lengths, default=0)):
             rows = np.array([row for row, length in enumerate(lengths) if k < length])
             result = self.env.step(np.stack([logs[row][k] for row in rows]), rows.tolist())
@@ -343,9 +283,3 @@ class _Died(Exception):
 
 def _numeric(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32) if value.dtype == np.float64 else value
-
-
-def _stack(taken: list[dict[str, Any]]) -> Rollout:
-    names = ("features", "next_features", "reward", "terminated", "truncated")
-    data = {key: torch.stack([one["data"][key] for one in taken]) for key in taken[0]["data"]}
-    return Rollout(**{name: torch.stack([one[name] for one in taken]) for name in names}, data=data)

@@ -76,12 +76,13 @@ class SteeredPolicy(Wrapping, nn.Module):
             raise DipoleError("a remote policy cannot be stored with its actor: keep the training state instead")
         policy = cls.__new__(cls)
         nn.Module.__init__(policy)
-        policy.base, policy.actor, policy.sampler = base, actor, base.sampler
+        sampler: SamplerConfig = base.sampler  # type: ignore[assignment]
+        policy.base, policy.actor, policy.sampler = base, actor, sampler
         first = actor.net[0]
         assert isinstance(first, nn.Linear)
         policy.config = SteeredConfig(
             **base_values(base),
-            sampler=base.sampler,
+            sampler=sampler,
             feature_dim=first.in_features,
             noise_dim=actor.action_dim,
             noise_bound=config.noise_bound,

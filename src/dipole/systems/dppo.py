@@ -138,7 +138,7 @@ def _densities() -> list[Claim]:
     chains = Chains(base, copy.deepcopy(base.policy.network), kernel, levels, 4)
     features = torch.randn(16, base.feature_dim, dtype=torch.float64)
     cond, random = base.cond(features), torch.Generator().manual_seed(0)
-    chain = sample_chain(
+    chain: Any = sample_chain(
         chains.tuned, base.process, levels, kernel, cond=cond, shape=(16, 4, 2), like=features, generator=random
     )
     ours = chains.log_prob(torch.stack(chain.samples, 1), features, "sum")

@@ -39,7 +39,14 @@ CARD = Card(
 SEEDS = (0, 1, 2)
 EPISODES = 200
 SAMPLER = SamplerConfig("ddim", 5, "trailing", clip=1.0)
-METHOD: dict[str, Any] = {"hidden": [128, 128, 128], "noise_bound": 1.5, "warmup": 63, "decisions": 12, "updates": 20}
+METHOD: dict[str, Any] = {
+    "hidden": [128, 128, 128],
+    "noise_bound": 1.5,
+    "warmup": 63,
+    "decisions": 12,
+    "alpha": 0.02,
+    "lr": 1e-3,
+}
 # 2000 decisions of up to 4 env steps, a quarter of them warm-up
 RUN: dict[str, Any] = {"env_steps": 7500, "num_envs": 8, "eval_episodes": 50}
 

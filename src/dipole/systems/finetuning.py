@@ -17,8 +17,9 @@ from dipole.envs.seeds import COLLECT_SEED
 from dipole.networks import MLPConfig, full_config
 from dipole.policies import DiffusionPolicy, SamplerConfig, make_config, make_policy
 from dipole.policies.config import ObjectiveConfig, ProcessConfig
-from dipole.rl.finetune import FinetuneConfig, finetune
+from dipole.rl.finetune import finetune
 from dipole.rl.methods import make_config as method_config
+from dipole.rl.settings import FinetuneConfig
 from dipole.systems.experiment import play, train
 from dipole.training import read_metrics
 from dipole.training.config import TrainConfig

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -165,8 +165,9 @@ def _steps() -> list[Claim]:
 def _learner() -> list[Claim]:
     base, claims = tiny_base("flow"), []
     setting = Setting(base, partial(make, TWO_GOAL, 4), 4)
-    for mode in ("sde", "learned"):
-        config = ReinFlowConfig(mode=mode, decisions=4, batch_size=8, epochs=1, critic_hidden=(16,))  # type: ignore[arg-type]
+    modes: tuple[Literal["sde", "learned"], ...] = ("sde", "learned")
+    for mode in modes:
+        config = ReinFlowConfig(mode=mode, decisions=4, batch_size=8, epochs=1, critic_hidden=(16,))
         learner = make_learner(setting, config)
         error = learner.iterate(0)["first_ratio_error"]
         claims.append(Claim(f"{mode}: first ratio is 1", "0", Measure(error), None, Margin(high=2e-5), "float32"))

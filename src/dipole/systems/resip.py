@@ -112,9 +112,10 @@ def _ceilings(count: int = 1000) -> list[Claim]:
     for chunk in (1, 4, 16):
         env = make(SLOT_PEG, count)
         expert = NativeExpert(slot_peg.SlotPegExpert(chunk), env) if chunk != 16 else make_expert(env)  # type: ignore[arg-type]
-        rows = np.arange(count)
-        obs = env.reset(rows, 100_000 + rows)
-        expert.reset(rows, 100_000 + rows, obs)
+        rows = list(range(count))
+        seeds = [100_000 + row for row in rows]
+        obs = env.reset(rows, seeds)
+        expert.reset(rows, seeds, obs)
         for _ in range(slot_peg.STEPS):
             result = env.step(expert.act(obs, rows), rows)
             obs = result.obs

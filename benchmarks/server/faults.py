@@ -174,7 +174,7 @@ def slow_reader() -> dict[str, Any]:
         for one in lazy:
             one.settimeout(2.0)
             try:
-                for _ in range(400):
+                for _ in range(4000):  # 40 MB: more than all buffers on the way
                     one.sendall(message * 100)
             except OSError:  # cut off, or nobody takes what is sent any more
                 cut += 1

@@ -31,6 +31,8 @@ MODULES = (
     "dipole.envs.adapters.fetch",
     "dipole.envs.adapters.gymnasium_mujoco",
     "dipole.envs.adapters.ogbench",
+    "dipole.envs.adapters.metadrive",
+    "dipole.envs.adapters.contact",
 )
 
 

@@ -76,10 +76,12 @@ def collides(drive: Drive) -> np.ndarray:
 
     def between(values: np.ndarray) -> np.ndarray:
         first, second = values[:, :-1, None], values[:, 1:, None]
-        return first + share.reshape(-1, *[1] * (values.ndim - 2)) * (second - first)
+        places: np.ndarray = first + share.reshape(-1, *[1] * (values.ndim - 2)) * (second - first)
+        return places
 
     ego = _ego_boxes(drive, between(drive.poses))
-    return overlap(ego[..., None, :], between(drive.obstacles)).any((1, 2, 3))
+    hit: np.ndarray = overlap(ego[..., None, :], between(drive.obstacles))
+    return np.asarray(hit.any((1, 2, 3)))
 
 
 def keeps_distance(drive: Drive) -> np.ndarray:
@@ -109,7 +111,7 @@ def comfortable(drive: Drive) -> np.ndarray:
     across = acceleration[..., 1] * cos - acceleration[..., 0] * sin
     low, high = ACCELERATION
     fine = ((along >= low) & (along <= high) & (np.abs(across) <= LATERAL_ACCELERATION)).all(1)
-    return fine & (jerk <= JERK).all(1)
+    return np.asarray(fine & (jerk <= JERK).all(1))
 
 
 def progress(drive: Drive) -> np.ndarray:

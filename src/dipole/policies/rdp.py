@@ -203,7 +203,9 @@ class RdpPolicy(nn.Module):
             init = noise * expand(self.process.prior_std(levels[0]), noise).to(noise)
         objective = self.config.objective
         denoiser = NetworkDenoiser(self.network, self.process, objective.prediction_type, objective.sigma_data)
-        x0 = sample(denoiser, self.process, levels, self.sampler.build(), cond=cond, init=init, generator=generator)
+        x0: Tensor = sample(
+            denoiser, self.process, levels, self.sampler.build(), cond=cond, init=init, generator=generator
+        )
         return self.latent_low + (x0 + 1) / 2 * (self.latent_high - self.latent_low)
 
     def initial_state(self, batch: int) -> State:

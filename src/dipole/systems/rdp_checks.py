@@ -22,9 +22,9 @@ def tiny_rdp(seed: int = 0, **options: Any) -> RdpPolicy:
     """Return a small policy with random weights: two actions, three numbers of state, one of force."""
     config = RdpConfig(
         observation={STATE: Feature("float32", (3,)), FORCE: Feature("float32", (1,))},
-        fast=(FORCE,),
         action=Feature("float32", (2,)),
         **{
+            "fast": (FORCE,),
             "obs_horizon": 3,
             "pred_horizon": 16,
             "period": 6,

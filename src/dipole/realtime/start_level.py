@@ -115,7 +115,7 @@ def fitted_std(table: Sequence[StartLevel], options: RTIConfig, process: Any) ->
     levels = [_levels(row.level, options, process) for row in table]
 
     def distance(std: float) -> float:
-        return math.fsum((residual(process, lv, std) - row.left) ** 2 for lv, row in zip(levels, table, strict=True))
+        return math.dist([residual(process, listed, std) for listed in levels], [row.left for row in table])
 
     return min(grid, key=distance)
 

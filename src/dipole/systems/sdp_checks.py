@@ -199,7 +199,7 @@ def _generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(row) for row in range(count)]
 
 
-def seam(overlap_noise: bool, episodes: int = 2000, calls: int = 8) -> dict[str, float]:
+def seam(overlap_noise: bool, episodes: int = 600, calls: int = 6) -> dict[str, float]:
     """Stream a known Gaussian process with its exact denoiser; return how the seams between chunks come out.
 
     Args:

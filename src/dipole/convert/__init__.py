@@ -45,7 +45,8 @@ def read_checkpoint(
         if normalization is not None and name != dppo.NAME:
             raise DipoleError(f"a {name} checkpoint carries its own statistics: leave out --normalization")
         extra = {"normalization": normalization} if name == dppo.NAME else {}
-        return modules[name].convert(checkpoint, weights, **extra)
+        converted: Converted = modules[name].convert(checkpoint, weights, **extra)
+        return converted
 
 
 def convert_checkpoint(

@@ -178,7 +178,7 @@ def scheduler(
         num_inference_steps: Steps; None for all.
     """
     samplers = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
-    expected = {
+    expected: dict[str, tuple[Any, dict[Any, Any]]] = {
         "scheduler": (kind, samplers),
         "beta_schedule": (values.get("beta_schedule", "linear"), PROCESSES),
         "prediction_type": (values.get("prediction_type", "epsilon"), PREDICTIONS),

@@ -216,14 +216,13 @@ def _one_encoder(camera: str, weights: Weights) -> Weights:
                 raise DipoleError(f"'{copy}{key}' of {what} differs from '{original}{key}', which it should be")
     if float(weights.pop("nets.1.temperature", torch.ones(1))) != 1.0:
         raise DipoleError(f"{what} has a softmax temperature other than 1: it cannot be taken over")
-    grid = [weights.pop(f"nets.1.pos_{axis}", None) for axis in "xy"]
-    ours = {}
+    grid = [need(weights, f"nets.1.pos_{axis}", what).flatten() for axis in "xy"]
+    take(weights, "nets.1.pos_")
+    ours: Weights = {}
     for theirs, name in _VISION.items():
         ours |= {name + key: value for key, value in take(weights, theirs).items()}
     check_used(weights, what)
-    if grid[0] is None or grid[1] is None:
-        raise DipoleError(f"the checkpoint lacks 'nets.1.pos_x' or 'nets.1.pos_y' of {what}")
-    ours["pool.pos_grid"] = torch.stack([part.flatten() for part in grid], dim=1)
+    ours["pool.pos_grid"] = torch.stack(grid, dim=1)
     return ours
 
 

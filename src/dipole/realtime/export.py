@@ -156,7 +156,8 @@ def _check(policy: DiffusionPolicy, plan: Plan, folder: Path, tolerance: float) 
     for batch in _BATCHES:
         inputs, expected = _record(policy, plan, batch)
         if batch == _BATCHES[0]:
-            np.savez(folder / PARITY, **inputs, chunk=expected)
+            arrays: dict[str, Any] = {**inputs, "chunk": expected}
+            np.savez(folder / PARITY, **arrays)
         observation = {key[4:]: value for key, value in inputs.items() if key.startswith("obs/")}
         found = runner.act(observation, inputs["noise"], step_noise=inputs.get("step_noise"))
         difference = np.abs(found - expected)

@@ -128,7 +128,7 @@ def write_graph(
             elif form == "aoti":
                 torch._inductor.aoti_compile_and_package(program, package_path=str(target))
             else:
-                onnx = torch.onnx.export(program, (), input_names=names[0], output_names=names[1], dynamo=True)
+                onnx: Any = torch.onnx.export(program, (), input_names=names[0], output_names=names[1], dynamo=True)
                 onnx.save(str(target), external_data=False)
     except DipoleError:
         raise

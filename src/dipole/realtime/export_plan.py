@@ -96,11 +96,11 @@ def make_plan(policy: DiffusionPolicy) -> Plan:
     return Plan(float(process.prior_std(levels[0])), getattr(kernel, "clip", None), tuple(steps))
 
 
-def _caller(policy: DiffusionPolicy, process: Process) -> Callable[[float], dict[str, float]]:
+def _caller(policy: DiffusionPolicy, process: Process) -> Callable[[float], dict[str, Any]]:
     """Return `call(level) -> {time, c_in, c_x, c_out}` for samples of `process`."""
     own, objective = policy.process, policy.config.objective
 
-    def call(level: float) -> dict[str, float]:
+    def call(level: float) -> dict[str, Any]:
         factor = 1.0
         if process is not own:
             level, factor = _matched(own, process, level)
@@ -126,7 +126,7 @@ def _matched(own: Process, other: Process, level: float) -> tuple[float, float]:
 
 
 def _kernel_steps(
-    kernel: Kernel, process: Process, levels: Tensor, call: Callable[[float], dict[str, float]]
+    kernel: Kernel, process: Process, levels: Tensor, call: Callable[[float], dict[str, Any]]
 ) -> list[Step]:
     visited = levels.tolist()
     steps = []
@@ -145,9 +145,7 @@ def _kernel_steps(
     return steps
 
 
-def _solver_steps(
-    solver: Any, process: Process, levels: Tensor, call: Callable[[float], dict[str, float]]
-) -> list[Step]:
+def _solver_steps(solver: Any, process: Process, levels: Tensor, call: Callable[[float], dict[str, Any]]) -> list[Step]:
     """Run the solver on basis vectors: e_0 is where it starts, e_i what the denoiser answers to call i - 1."""
     size = 3 * len(levels)  # no solver calls more than twice a step
     basis = torch.eye(size, dtype=torch.float64)

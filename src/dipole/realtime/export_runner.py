@@ -10,12 +10,18 @@ observation, encodes it, denoises a chunk of actions by the steps in `policy.jso
     chunk = runner.act({"observation.state": state, ...}, rng=numpy.random.default_rng(0))   # [B, Ta, Da]
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+Graph = Callable[..., list[np.ndarray]]
 
 
 class Runner:
@@ -26,14 +32,20 @@ class Runner:
         threads: Threads that a graph may use; None leaves it to the library.
     """
 
-    def __init__(self, folder=None, threads=None):
+    def __init__(self, folder: str | Path | None = None, threads: int | None = None) -> None:
         self.folder = Path(__file__).parent if folder is None else Path(folder)
         self.policy = json.loads((self.folder / "policy.json").read_text(encoding="utf-8"))
         names = ("sampler",) if self.policy["unrolled"] else ("encoder", "denoiser")
         load = {"onnx": _load_onnx, "torch-export": _load_exported, "aoti": _load_compiled}[self.policy["format"]]
         self.graphs = {name: load(self.folder, name, threads) for name in names}
 
-    def act(self, observation, noise=None, rng=None, step_noise=None):
+    def act(
+        self,
+        observation: Mapping[str, np.ndarray],
+        noise: np.ndarray | None = None,
+        rng: np.random.Generator | None = None,
+        step_noise: Any = None,
+    ) -> np.ndarray:
         """Return a chunk of actions `[B, Ta, Da]` in physical units; the first one is for now.
 
         Args:
@@ -58,7 +70,7 @@ class Runner:
         first = self.policy["obs_horizon"] - 1
         return self.denormalized(chunk[:, first : first + self.policy["action_horizon"]])
 
-    def normalized(self, observation):
+    def normalized(self, observation: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Return the features in the graph's order, normalised, float32."""
         features = []
         for feature in self.policy["observation"]:
@@ -75,16 +87,21 @@ class Runner:
             features.append(np.ascontiguousarray((value.astype(np.float32) - origin) * scale + offset))
         return features
 
-    def denormalized(self, chunk):
+    def denormalized(self, chunk: np.ndarray) -> np.ndarray:
         """Return actions in physical units."""
         action = self.policy["action"]
         scale, offset, origin = (np.asarray(action[part], np.float32) for part in ("scale", "offset", "origin"))
-        return (chunk - offset) / scale + origin
+        actions: np.ndarray = (chunk - offset) / scale + origin
+        return actions
 
-    def denoise(self, noise, cond, rng, step_noise=None):
+    def denoise(
+        self, noise: np.ndarray, cond: list[np.ndarray], rng: np.random.Generator, step_noise: Any = None
+    ) -> np.ndarray:
         """Return a whole denoised chunk `[B, Tp, Da]`, normalised; see `policy.json`, key `steps`."""
         clip = self.policy["clip"]
-        samples, x0s, drawn = [np.float32(self.policy["prior_std"]) * noise], [], 0
+        samples: list[np.ndarray] = [np.float32(self.policy["prior_std"]) * noise]
+        x0s: list[np.ndarray] = []
+        drawn = 0
         for step in self.policy["steps"]:
             sample = samples[-1]
             level = np.full(len(noise), step["time"], np.float32)
@@ -105,7 +122,7 @@ class Runner:
         return samples[-1]
 
 
-def _load_onnx(folder, name, threads):
+def _load_onnx(folder: Path, name: str, threads: int | None) -> Graph:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -116,25 +133,25 @@ def _load_onnx(folder, name, threads):
     return lambda *values: session.run(None, dict(zip(names, values, strict=True)))
 
 
-def _load_exported(folder, name, threads):
+def _load_exported(folder: Path, name: str, threads: int | None) -> Graph:
     import torch
 
     return _torch_graph(torch.export.load(folder / f"{name}.pt2").module(), threads)
 
 
-def _load_compiled(folder, name, threads):
+def _load_compiled(folder: Path, name: str, threads: int | None) -> Graph:
     import torch
 
     return _torch_graph(torch._inductor.aoti_load_package(str(folder / f"{name}.pt2")), threads)
 
 
-def _torch_graph(graph, threads):
+def _torch_graph(graph: Any, threads: int | None) -> Graph:
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
 
-    def call(*values):
+    def call(*values: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
             results = graph(*(torch.from_numpy(np.ascontiguousarray(value)) for value in values))
         results = results if isinstance(results, tuple | list) else (results,)
@@ -143,7 +160,7 @@ def _torch_graph(graph, threads):
     return call
 
 
-def recorded(folder):
+def recorded(folder: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
     """Return the observation, the arguments of `act` and the chunk that were recorded at export."""
     with np.load(Path(folder) / "parity.npz", allow_pickle=False) as file:
         arrays = dict(file)
@@ -152,7 +169,7 @@ def recorded(folder):
     return observation, options, arrays["chunk"]
 
 
-def main():
+def main() -> int:
     """Act on the recorded observation; exit with 1 when the chunk is another one than dipole's."""
     runner = Runner()
     observation, options, expected = recorded(runner.folder)

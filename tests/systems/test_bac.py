@@ -1,13 +1,6 @@
 import pytest
 
 from dipole.systems import bac
-from dipole.systems.run import Run
-
-
-def test_every_exact_check_passes(tmp_path):
-    claims = bac.ci(Run(tmp_path))
-    assert len(claims) == 12
-    assert {claim.verdict for claim in claims} == {"passed"}
 
 
 @pytest.mark.parametrize("kind", bac.NETWORKS)

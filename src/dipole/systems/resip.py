@@ -40,8 +40,8 @@ CARD = Card(
 SEEDS = (0, 1, 2)
 EPISODES = 2000
 SAMPLER = SamplerConfig("ddim", 4, "trailing", clip=1.0)
-# The paper's scale is 0.1. Here a correction must undo a drift of 0.01 a step and demonstrated actions are within 0.025,
-# so that it has to be of the size of the actions themselves.
+# The paper's scale is 0.1. Here a correction must undo a drift of 0.01 a step, and demonstrated actions are within
+# 0.025: it has to be of the size of the actions themselves.
 METHOD: dict[str, Any] = {
     "hidden": [64, 64], "steps": 64, "epochs": 10, "minibatches": 8, "gamma": 0.99, "scale": 1.0, "lr": 1e-3,
     "actor_warmup": 2, "target_kl": None,

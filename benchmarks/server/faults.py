@@ -35,8 +35,8 @@ from dipole.errors import DipoleError
 from dipole.serving.background import serving
 from dipole.serving.client import PolicyClient, ServerError
 from dipole.serving.codec import pack
+from dipole.serving.config import ServiceConfig
 from dipole.serving.models import ModelStore, from_policy
-from dipole.serving.service import ServiceConfig
 
 SCRIPT = Path(__file__).with_name("stand_in.py")
 

@@ -21,10 +21,11 @@ from common import STATE
 from dipole.data import Feature
 from dipole.policies.policy import State, reset_rows
 from dipole.serving.audit import AuditLog
+from dipole.serving.config import ServiceConfig
 from dipole.serving.limits import Limits
 from dipole.serving.models import ModelStore, from_policy
 from dipole.serving.server import Server
-from dipole.serving.service import Service, ServiceConfig
+from dipole.serving.service import Service
 
 CAMERAS = ("observation.images.top", "observation.images.wrist")
 PIXELS = 224

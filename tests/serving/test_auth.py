@@ -94,6 +94,8 @@ def test_tls_needs_both_files(tmp_path):
         ("127.0.0.1:8000", "http://127.0.0.1:9999", True, True),
         ("rebound.example:8000", "http://rebound.example:8000", True, True),
         ("rebound.example:8000", None, True, True),
+        ("0.0.0.0:8000", None, True, False),  # where openpi's client goes by default
+        ("0.0.0.0:8000", "http://evil.example", True, True),
         ("robot.lan:8000", "https://robot.lan:8000", False, False),
         ("robot.lan:8000", "https://evil.example", False, True),
         (None, "http://evil.example", False, True),

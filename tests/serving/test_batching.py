@@ -14,10 +14,10 @@ from dipole.evaluation.seeds import policy_generator
 from dipole.serving.background import serving
 from dipole.serving.batching import Batcher
 from dipole.serving.client import PolicyClient
+from dipole.serving.config import ServiceConfig
 from dipole.serving.inference import Row, answer
 from dipole.serving.models import ModelStore, from_policy
 from dipole.serving.protocol import Refusal
-from dipole.serving.service import ServiceConfig
 
 
 def row(model, value, seed=0, state=None, slot=0):

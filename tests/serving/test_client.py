@@ -12,9 +12,9 @@ from websockets.asyncio.server import serve
 from dipole.errors import DipoleError
 from dipole.serving.background import serving
 from dipole.serving.client import PolicyClient, ServerError
+from dipole.serving.config import ServiceConfig
 from dipole.serving.limits import Limits
 from dipole.serving.models import ModelStore, from_policy
-from dipole.serving.service import ServiceConfig
 
 
 def echo(**limits):

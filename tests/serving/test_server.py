@@ -1,5 +1,6 @@
 """The protocol over real sockets on this machine: openpi's own client, and what dipole adds."""
 
+import asyncio
 import json
 import socket
 import ssl
@@ -22,9 +23,9 @@ from dipole.serving.auth import Tokens, tls_context
 from dipole.serving.background import serving
 from dipole.serving.client import PolicyClient, ServerError
 from dipole.serving.codec import pack, unpack
+from dipole.serving.config import ServiceConfig
 from dipole.serving.limits import Limits
 from dipole.serving.models import ModelStore, from_policy
-from dipole.serving.service import ServiceConfig
 
 TOKEN = "a-token-of-24-characters"
 
@@ -69,6 +70,9 @@ class TestOpenpiClient:
         broker = brokers.ActionChunkBroker(client, action_horizon=3)
         steps = [broker.infer({STATE: np.array([5.0, 0.0])})["actions"] for _ in range(4)]
         assert [step[2] for step in steps] == [2, 3, 2, 3]  # the fourth comes from a new call: count 3
+
+    def test_where_it_goes_by_default(self, echo, connect):
+        assert connect(port=echo.port).infer(vector(1, 2))["actions"].shape == (3, 4)  # host 0.0.0.0
 
     def test_an_error_is_text_and_1011(self, echo, connect):
         client = connect("127.0.0.1", echo.port)
@@ -364,6 +368,19 @@ def test_tokens_guard_everything_but_health():
         # A right token from there has to wait as well: guessing cannot go on behind it.
         assert get(server, "/metrics", Authorization=f"Bearer {TOKEN}")[0] == 429
         assert get(server, "/healthz")[0] == 200
+
+
+def test_a_robot_whose_token_was_taken_away_is_cut_off():
+    tokens = [Tokens({"a": TOKEN, "b": TOKEN + "2"})]
+    with serving(store(EchoPolicy()), tokens=tokens[0], read_tokens=lambda: tokens[0]) as server:
+        a, b = PolicyClient(server.url, TOKEN, give_up_s=0), PolicyClient(server.url, TOKEN + "2", give_up_s=0)
+        a.infer(vector(1, 2))
+        b.infer(vector(1, 2))
+        tokens[0] = Tokens({"b": TOKEN + "2"})
+        asyncio.run_coroutine_threadsafe(server.refresh(), server._server.get_loop()).result(20)
+        with pytest.raises(DipoleError):
+            a.infer(vector(1, 2))
+        assert b.infer(vector(1, 2)).actions[0, 2] == 2
 
 
 def test_beyond_loopback_only_with_a_token():

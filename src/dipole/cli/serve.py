@@ -22,9 +22,9 @@ from dipole.errors import DipoleError
 
 if TYPE_CHECKING:
     from dipole.safety import OutputGuard
+    from dipole.serving.config import ServiceConfig
     from dipole.serving.models import ModelStore
     from dipole.serving.server import Server
-    from dipole.serving.service import ServiceConfig
 
 
 @dataclass
@@ -114,8 +114,8 @@ def run(args: Args) -> None:
 
 
 def _config(args: Args) -> ServiceConfig:
+    from dipole.serving.config import ServiceConfig
     from dipole.serving.limits import Limits
-    from dipole.serving.service import ServiceConfig
 
     limits = Limits(
         frame_bytes=int(args.max_frame_mb * 1e6),

@@ -27,6 +27,9 @@ class Tokens:
     def __len__(self) -> int:
         return len(self._digests)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._digests
+
     def holder(self, authorization: str | None) -> str | None:
         """Return who sent an `Authorization` header, or None; takes as long for a wrong token as for a right one."""
         given = _digest(_credential(authorization))
@@ -93,6 +96,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def check_bind(host: str, tokens: Tokens | None) -> None:
     """Refuse to listen beyond this machine without a token.
 
@@ -126,11 +137,11 @@ def is_foreign_page(host_header: str | None, origin: str | None, loopback: bool)
     """Whether a request comes from a web page of another site, which a browser on this machine was led to.
 
     Robots send no `Origin`. A page of another site sends its own; a page whose name was made to point at this machine
-    (DNS rebinding) asks for a `Host` that is no loopback address.
+    (DNS rebinding) asks for a `Host` that is a name, not an address.
     """
     if host_header is None:
         return origin is not None
     host = urlsplit(f"//{host_header}").hostname or ""
-    if loopback and not is_loopback(host):
+    if loopback and not (host == "localhost" or _is_address(host)):
         return True
     return origin is not None and urlsplit(origin).netloc.lower() != host_header.lower()

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from dipole.serving.audit import AuditLog
+from dipole.serving.config import ServiceConfig
 from dipole.serving.models import ModelStore
 from dipole.serving.server import Server
-from dipole.serving.service import Service, ServiceConfig
+from dipole.serving.service import Service
 
 
 @contextmanager

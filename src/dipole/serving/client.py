@@ -34,6 +34,7 @@ except ModuleNotFoundError:  # pragma: no cover
     raise MissingExtraError("websockets", "serve") from None
 
 _LIMITS = Limits(frame_bytes=64 * 2**20)
+_now = time.monotonic
 _BROKEN = (OSError, EOFError, WebSocketException)
 
 
@@ -79,7 +80,7 @@ class Reply:
 
 
 class PolicyClient:
-    """A connection to a policy server, opened when first needed.
+    """A connection to a policy server, opened when first needed. For one thread at a time.
 
     Attributes:
         url: The server's address.
@@ -259,13 +260,19 @@ class PolicyClient:
                 open_timeout=self._timeout,
                 ssl=self._tls,
             ).__enter__()  # what connect returns differs between versions of websockets; entering it does not
-            data = self._connection.recv(self._timeout)
+            self._greet(self._connection.recv(self._timeout))
         except InvalidStatus as error:
             status = error.response.status_code
             later = 1.0 if status in (429, 503) else None
             raise ServerError("rejected", f"HTTP {status} {error.response.reason_phrase}", later) from None
         except InvalidHandshake as error:
             raise ServerError("rejected", f"not a websocket server ({type(error).__name__})") from None
+        except BaseException:
+            self._drop()
+            raise
+
+    def _greet(self, data: str | bytes) -> None:
+        """Read the server's metadata."""
         if isinstance(data, str):
             self._checked(data, None)
         self.metadata = _unpacked(data, self.url)
@@ -279,10 +286,6 @@ class PolicyClient:
             connection, self._connection = self._connection, None
             connection.close_timeout = 0.1
             connection.socket.close()
-
-
-def _now() -> float:
-    return time.monotonic()
 
 
 def _unpacked(data: Any, url: str) -> dict[str, Any]:

@@ -49,7 +49,11 @@ class Schema:
     def fits(self, other: Schema) -> bool:
         """Whether clients of one can go on with the other: same features, same actions, same rate."""
         mine, theirs = (
-            ({key: value.shape for key, value in schema.observation.items()}, schema.action_dim, schema.fps)
+            (
+                {key: (value.shape, value.is_image) for key, value in schema.observation.items()},
+                schema.action_dim,
+                schema.fps,
+            )
             for schema in (self, other)
         )
         return mine == theirs

@@ -17,11 +17,11 @@ import ssl
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from dipole.errors import DipoleError, MissingExtraError
 from dipole.serving.auth import Tokens, check_bind
 from dipole.serving.codec import pack
+from dipole.serving.connection import Census, Connection
 from dipole.serving.limits import FailureCounter
 from dipole.serving.pages import Gate
 from dipole.serving.protocol import CLOSE_ERROR, CLOSE_TRY_LATER, LATER, SESSION_HEADER, Refusal, Request
@@ -30,7 +30,7 @@ from dipole.serving.sessions import Session
 
 try:
     from websockets.asyncio.server import Server as WebSocketServer
-    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.asyncio.server import serve
     from websockets.exceptions import ConnectionClosed, ConnectionClosedError
 except ModuleNotFoundError:  # pragma: no cover
     raise MissingExtraError("websockets", "serve") from None
@@ -79,7 +79,7 @@ class Server:
         self._tls, self._watch_s, self._drain_s, self._read_tokens = tls, watch_s, drain_s, read_tokens
         self._failures = FailureCounter(service.limits.auth_failures)
         self._gate = Gate(service, tokens, self._failures, host)
-        self._sockets = 0
+        self._census = Census(service.limits.connections, lambda: service.metrics.rejected.add("connections"))
         self._server: WebSocketServer | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -113,7 +113,7 @@ class Server:
                 self.host,
                 self.port,
                 process_request=self._gate.process,
-                create_connection=partial(_Connection, self),  # type: ignore[arg-type]
+                create_connection=partial(Connection, self._census),  # type: ignore[arg-type]
                 compression=None,  # as openpi; images do not shrink, and a small frame could unfold into a huge one
                 max_size=self.service.frame_bytes(),
                 max_queue=1,
@@ -160,14 +160,7 @@ class Server:
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ended.set)
-        hangups: set[asyncio.Task[None]] = set()
-
-        def hang_up() -> None:
-            task = asyncio.create_task(self.refresh())
-            hangups.add(task)
-            task.add_done_callback(hangups.discard)
-
-        loop.add_signal_handler(signal.SIGHUP, hang_up)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._tasks.append(asyncio.create_task(self.refresh())))
         async with self:
             ready(self)
             await ended.wait()
@@ -176,12 +169,22 @@ class Server:
         """Read the tokens and load the models again; what is damaged is refused, and the old goes on."""
         if self._read_tokens is not None:
             try:
-                self._gate.tokens = self._read_tokens()
+                tokens = self._gate.tokens = self._read_tokens()
                 self.service.note("tokens-replaced")
+                self._cut_off_strangers(tokens)
             except DipoleError as error:
                 self.service.note("tokens-refused", reason=str(error))
         for name in self.service.store.names():
             await self.service.reload(name)
+
+    def _cut_off_strangers(self, tokens: Tokens | None) -> None:
+        """End the sessions of those whose token is not accepted any more."""
+        for session in self.service.sessions:
+            if tokens is not None and session.holder not in tokens:
+                if session.connection is not None:
+                    session.connection.transport.abort()
+                session.connection = None
+                self.service.close(session, "token taken away")
 
     async def _watch(self) -> None:
         """Load models again whose files have been replaced; a refused one is tried again when it changes again."""
@@ -202,7 +205,7 @@ class Server:
             for session in self.service.sessions.expire():
                 self.service.note("session-close", session=session.id, requests=session.requests, reason="away")
 
-    async def _talk(self, ws: _Connection) -> None:
+    async def _talk(self, ws: Connection) -> None:
         """Hold one connection's conversation."""
         secret = None if ws.request is None else ws.request.headers.get(SESSION_HEADER)
         try:
@@ -230,7 +233,7 @@ class Server:
         finally:
             self._leave(ws, session, reason)
 
-    def _leave(self, ws: _Connection, session: Session, reason: str) -> None:
+    def _leave(self, ws: Connection, session: Session, reason: str) -> None:
         if session.connection is not ws:
             return  # the client is back on another connection already
         if reason == "lost" and session.extended and not self.service.draining:
@@ -239,7 +242,7 @@ class Server:
         else:
             self.service.close(session, reason)
 
-    async def _respond(self, ws: _Connection, session: Session, data: bytes | str) -> bool:
+    async def _respond(self, ws: Connection, session: Session, data: bytes | str) -> bool:
         """Answer one message; return whether the conversation goes on."""
         received = time.monotonic()
         request: Request | None = None
@@ -259,7 +262,7 @@ class Server:
         self.service.metrics.replied(session, time.monotonic() - received)
         return True
 
-    async def _send(self, ws: _Connection, message: bytes | str) -> None:
+    async def _send(self, ws: Connection, message: bytes | str) -> None:
         """Send a message; a client that does not read it in time is cut off."""
         try:
             async with asyncio.timeout(self.service.limits.send_timeout_s):
@@ -269,33 +272,10 @@ class Server:
             ws.transport.abort()
             raise ConnectionClosedError(None, None) from None
 
-    async def _end(self, ws: _Connection, refusal: Refusal) -> None:
+    async def _end(self, ws: Connection, refusal: Refusal) -> None:
         """Tell why and close, as openpi's server does."""
         self.service.note("refused", peer=ws.peer, code=refusal.code, message=refusal.message)
         with contextlib.suppress(ConnectionClosed):
             await self._send(ws, refusal.text())
             code = CLOSE_TRY_LATER if refusal.code in LATER else CLOSE_ERROR
             await ws.close(code, refusal.code)
-
-
-class _Connection(ServerConnection):
-    """A connection that counts itself, and is cut off at once when there are too many."""
-
-    holder = ""
-    model_name = ""
-    peer = ""
-
-    def __init__(self, server: Server, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._owner = server
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._owner._sockets += 1
-        if self._owner._sockets > self._owner.service.limits.connections:
-            self._owner.service.metrics.rejected.add("connections")
-            transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._owner._sockets -= 1
-        super().connection_lost(exc)

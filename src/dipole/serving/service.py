@@ -8,9 +8,8 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,8 @@ from dipole.serving import protocol
 from dipole.serving.audit import AuditError, AuditLog
 from dipole.serving.batching import Batcher
 from dipole.serving.codec import CodecError, unpack
+from dipole.serving.config import ServiceConfig
 from dipole.serving.inference import Answer, Row, answer
-from dipole.serving.limits import Limits
 from dipole.serving.models import ModelStore
 from dipole.serving.observability import ServerMetrics
 from dipole.serving.protocol import Refusal, Request
@@ -30,25 +29,6 @@ from dipole.serving.schema import extend, read_observation
 from dipole.serving.sessions import Memory, Session, Sessions, moved
 
 Opened = tuple[Session, bool, Any]
-
-
-@dataclass(frozen=True)
-class ServiceConfig:
-    """How requests are answered.
-
-    Attributes:
-        limits: Bounds on clients; `frame_bytes` None there means: worked out from what the policies see.
-        max_batch: Most sessions answered by one call of the policy.
-        latency_budget_ms: Longest wait for other sessions before a call.
-        block: Rows of every call, padded, so that replies do not even differ by rounding; 0 for as many as there are.
-        metadata: Further entries of the metadata, such as openpi's `reset_pose`.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    max_batch: int = 16
-    latency_budget_ms: float = 5.0
-    block: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Service:

@@ -29,6 +29,10 @@ PACKAGES = {
     "policies": "Policies",
     "training": "Training",
     "evaluation": "Evaluation",
+    "realtime": "Real time",
+    "rl": "Reinforcement learning",
+    "safety": "Safety",
+    "serving": "Serving",
     "systems": "Systems",
     "convert": "Converting foreign files",
 }

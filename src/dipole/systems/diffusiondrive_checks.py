@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,8 @@ def tiny_scene(batch: int = 3, seed: int = 1) -> dict[str, Tensor]:
 def anchors_come_back() -> float:
     """Return how far the plans are from the anchors without noise and with heads that move nothing, in metres."""
     policy, obs = tiny_policy(), tiny_scene()
-    for stage in policy.network.stages:
+    stages: Any = policy.network.stages
+    for stage in stages:
         stage.move[-1].weight.zero_()
         stage.move[-1].bias.zero_()
     clean = policy.normalizer.normalize("points", policy.anchors)

@@ -93,7 +93,8 @@ def streaming_error() -> float:
 def open_loop_error() -> float:
     """Return how much force changes the actions when its weights are zero: the chunk is replayed."""
     codec, _, fast, latent = codec_and_inputs()
-    codec.gru.weight_ih_l0[:, -codec.fast_dim :] = 0
+    weight: Any = codec.gru.weight_ih_l0
+    weight[:, -codec.fast_dim :] = 0
     return float((codec.decode(latent, fast)[0] - codec.decode(latent, torch.zeros_like(fast))[0]).abs().max())
 
 

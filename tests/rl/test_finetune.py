@@ -85,8 +85,11 @@ def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(method, tmp
 
 
 @pytest.mark.parametrize("method", SMALL)
-def test_checkpoint_acts_as_the_policy_in_memory(method, tmp_path):
-    result = start(method, tmp_path / "run")
+def test_checkpoint_acts_as_the_policy_in_memory_and_the_base_is_left_as_it_was(method, tmp_path):
+    policy = tiny_policy()
+    before = {key: value.clone() for key, value in policy.state_dict().items()}
+    result = start(method, tmp_path / "run", policy)
+    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
     loaded = load_policy(tmp_path / "run" / "checkpoints" / "last")
     env, seeds = make(ENV, 4), [100_000, 100_001, 100_002, 100_003]
     played = [rollout(p, env, seeds, block=4, keep_trajectories=True) for p in (result.policy, loaded)]
@@ -98,14 +101,6 @@ def test_tuning_every_step_leaves_an_ordinary_policy(tmp_path):
     settings = {**SMALL["dppo"], "tuned_steps": None}
     start("dppo", tmp_path / "run", settings=settings)
     assert type(load_policy(tmp_path / "run")) is DiffusionPolicy
-
-
-def test_base_is_left_as_it_was(tmp_path):
-    policy = tiny_policy()
-    before = {key: value.clone() for key, value in policy.state_dict().items()}
-    for method in SMALL:
-        start(method, tmp_path / method, policy)
-    assert all(torch.equal(before[key], value) for key, value in policy.state_dict().items())
 
 
 def test_figures_and_trackers(tmp_path):

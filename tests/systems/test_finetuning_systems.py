@@ -21,6 +21,8 @@ def tiny(monkeypatch):
         monkeypatch.setattr(module, "EPISODES", 3)
         monkeypatch.setattr(module, "RUN", few)
     monkeypatch.setattr(expo, "DATA", 6)
+    monkeypatch.setattr(dsrl, "ATTEMPTS", 2)
+    monkeypatch.setattr(dsrl, "episode_seeds", lambda first, count: list(range(first, first + 3)))
     less = {"hidden": [8, 8], "warmup": 2, "updates": 1, "decisions": 4, "batch_size": 8}
     monkeypatch.setattr(dsrl, "METHOD", {**dsrl.METHOD, **less})
     monkeypatch.setattr(expo, "VARIANTS", {name: {**values, **less} for name, values in expo.VARIANTS.items()})

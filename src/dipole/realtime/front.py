@@ -97,8 +97,8 @@ HEADS = ("candidate", "nfe", "ms", "p95", "ms per action", "score", "interval", 
 
 
 def ordered(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows, fastest first, those that could not be run last."""
-    return sorted(rows, key=lambda row: (row["p50_ms"] is None, row["p50_ms"] or 0.0))
+    """Return the rows, fastest first, without those that were never timed: `sentences` tells why."""
+    return sorted((row for row in rows if row["p50_ms"] is not None), key=lambda row: row["p50_ms"])
 
 
 def cells(row: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
@@ -111,7 +111,7 @@ def cells(row: Mapping[str, Any], document: Mapping[str, Any]) -> list[str]:
 
     remark = "front" if row["front"] else ""
     if row["problem"]:
-        remark = row["problem"]
+        remark = "not run"
     elif row["name"] == document["chosen"]:
         remark = "chosen"
     elif row["name"] == document["reference"]:
@@ -133,10 +133,11 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
     """Return what was found, in words."""
     rows = {row["name"]: row for row in document["rows"]}
     chosen, reference = document["chosen"], document["reference"]
+    remarks = [*document["notes"], *_problems(document["rows"])]
     if chosen is None:
-        return ["Nothing was chosen: no candidate is as fast as asked."]
+        return ["Nothing was chosen: no candidate is as fast as asked.", *remarks]
     if chosen == reference:
-        return [f"'{reference}' stays: nothing faster scores high enough.", *document["notes"]]
+        return [f"'{reference}' stays: nothing faster scores high enough.", *remarks]
     ratio = rows[reference]["p50_ms"] / rows[chosen]["p50_ms"]
     lines = [
         f"chosen: '{chosen}', {number(rows[chosen]['p50_ms'])} ms per chunk instead of "
@@ -155,4 +156,16 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
         allowed = document["config"]["max_drop"]
         if document["config"]["target_ms"] is None and difference["value"] < -allowed:
             lines.append("the drop on fresh seeds is larger than was allowed: more --episodes would choose better")
-    return [*lines, *document["notes"]]
+    return [*lines, *remarks]
+
+
+def _problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return why candidates could not be run, each reason once."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row["problem"]:
+            names.setdefault(row["problem"], []).append(row["name"])
+    return [
+        f"not run: '{those[0]}'{f' and {len(those) - 1} more' if len(those) > 1 else ''}: {problem}"
+        for problem, those in names.items()
+    ]

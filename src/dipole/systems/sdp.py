@@ -51,7 +51,7 @@ TO, TA = 2, 4
 PIECES = (1, 2, 4)
 # The levels of 20 positions are embedded side by side: narrowly, or that embedding would be most of the network.
 NETWORK = MLPConfig(width=192, num_blocks=3, context_width=64, step_embed_dim=16, per_position_levels=True)
-TRAINING: dict[str, Any] = {"steps": 6000, "batch_size": 64, "lr": 2e-3, "ema_decay": 0.998, "precision": "fp32"}
+TRAINING: dict[str, Any] = {"steps": 4500, "batch_size": 64, "lr": 2e-3, "ema_decay": 0.998, "precision": "fp32"}
 CONSTANT = StreamingTraining(chunk_wise=0.0, constant=1.0)
 CALLS = 20
 
@@ -77,14 +77,15 @@ def trained(env: str, pred_horizon: int, scheme: StreamingTraining, seed: int) -
         action_horizon=TA,
         streaming=scheme,
     )
-    windows = Windows(episodes, list(config.observation), "action", TO, pred_horizon, TA)
+    # Up to the last frame of a demonstration: with Ta = 4 of 20 the usual padding leaves out its last fifteen.
+    windows = Windows(episodes, list(config.observation), "action", TO, pred_horizon, pred_horizon - TO + 1)
     policy: DiffusionPolicy = train(make_policy(config, episodes), windows, TrainConfig(seed=seed, **TRAINING))
     return policy
 
 
 def streamed(policy: DiffusionPolicy, sampler: SamplerConfig = DDPM, **options: Any) -> Any:
-    """Return the policy, streaming."""
-    return apply(policy, Runtime("streaming", options, sampler))
+    """Return the policy, streaming; the first buffer holds still, as actions are positions here."""
+    return apply(policy, Runtime("streaming", {"primer": "constant", **options}, sampler))
 
 
 def succeeded(policy: Any) -> float:
@@ -121,7 +122,8 @@ def train_and_play(name: str, seed: int) -> dict[str, float]:
         "streamed": succeeded(streamed(policy)),
         "streamed5": succeeded(streamed(policy, ddim(20))),
         "clean_overlap": succeeded(streamed(policy, overlap_noise=False)),
-        "primed": succeeded(streamed(policy, primer="denoise")),
+        "zero": succeeded(streamed(policy, primer="zero")),
+        "denoised": succeeded(streamed(policy, primer="denoise")),
         **costs(policy),
     }
 
@@ -206,10 +208,11 @@ def _success(values: Any) -> list[Claim]:
         Claim(
             "a denoised first buffer",
             "no better than zeros",
-            rate(values("streaming", "primed")),
-            rate(ours),
+            rate(values("streaming", "denoised")),
+            rate(values("streaming", "zero")),
             None,
-            "costs 100 more calls, once an episode",
+            "success; costs 100 more calls, once an episode. Baseline: a buffer of zeros, here the middle of the disc. "
+            "All other rows: a buffer that holds still",
         ),
     ]
 

@@ -50,12 +50,15 @@ def train(
     """
     keys = list(policy.config.observation)
     check_demonstrations(policy, episodes, keys)
+    ahead = policy.pred_horizon - policy.obs_horizon + 1
+    streaming = getattr(policy.config, "streaming", None) is not None
     windows = Windows(
         episodes,
         keys,
         obs_horizon=policy.obs_horizon,
         pred_horizon=policy.pred_horizon,
-        action_horizon=policy.action_horizon,
+        # A streaming chunk is much longer than Ta: padded for Ta alone, the ends of episodes would never be "now".
+        action_horizon=ahead if streaming else policy.action_horizon,
     )
     source, held_out = split_windows(windows, config.val_fraction, config.seed)
     data = fingerprint(episodes, [*keys, "action"])

@@ -80,6 +80,7 @@ class Args:
 def run(args: Args) -> None:
     """Serve until SIGTERM or SIGINT."""
     import asyncio
+    import sys
 
     from dipole.serving.audit import AuditLog, json_logger
     from dipole.serving.auth import check_bind, read_tokens, tls_context
@@ -97,6 +98,7 @@ def run(args: Args) -> None:
 
         torch.set_num_threads(args.threads)
     service_config, store = _config(args), _store(args)
+    sys.setswitchinterval(0.001)  # seconds: a policy's Python should not hold up the loop that reads and answers
 
     async def main() -> None:
         server = Server(

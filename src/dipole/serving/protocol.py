@@ -63,7 +63,7 @@ class Refusal(Exception):
 
     Attributes:
         code: Which kind.
-        message: One line for people; never holds a traceback, a path or what the client sent.
+        message: One line for people; never holds a traceback, a path or a value.
         retry_after_ms: When to try again, for codes of `LATER`.
         final: Whether the connection ends even for extended clients.
     """

@@ -1,0 +1,39 @@
+"""Malformed messages without sockets: whatever comes in, only a refusal comes out (with sockets: benchmarks/server)."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "server"))
+import fuzz
+
+from dipole.data import Feature
+from dipole.serving.codec import CodecError, pack, unpack
+from dipole.serving.limits import Limits
+from dipole.serving.protocol import Refusal, parse
+from dipole.serving.schema import Schema, read_observation
+
+SCHEMA = Schema({fuzz.STATE: Feature("float32", (18,))}, 2, 16, 8, 4, None, 10.0, "")
+COUNT = int(os.environ.get("DIPOLE_FUZZ", "4000"))  # a few seconds
+
+
+@pytest.mark.parametrize("kind", fuzz.MESSAGES)
+def test_only_refusals_come_out(kind):
+    rng, limits, sound = random.Random(0), Limits(), 0
+    for _ in range(COUNT // len(fuzz.MESSAGES)):
+        data = fuzz.MESSAGES[kind](rng)
+        try:
+            arrays = read_observation(parse(unpack(data, limits)).observation, SCHEMA)
+        except (CodecError, Refusal) as refusal:
+            text = pack(refusal.table(1)).decode(errors="replace") if isinstance(refusal, Refusal) else str(refusal)
+            assert len(text) < 500
+            assert "Traceback" not in text
+        else:
+            sound += 1
+            assert all(np.isfinite(value).all() for value in arrays.values())
+    # A mutation can leave a message sound, and an array of zeros may be right; most are neither.
+    assert sound <= 0.5 * COUNT / len(fuzz.MESSAGES)

@@ -25,6 +25,7 @@ SMALL = {
     "reinflow": {"decisions": 4, "batch_size": 8, "epochs": 2, "entropy_weight": 0.01},
     "dsrl": {"hidden": [8, 8], "warmup": 2, "decisions": 3, "batch_size": 8, "updates": 2, "distill_updates": 1},
     "expo": {"hidden": [8, 8], "warmup": 2, "decisions": 3, "batch_size": 8, "updates": 2, "samples": 2, "critics": 3},
+    "find": {"hidden": [8, 8], "decisions": 4, "batch_size": 8},
     "resip": {"hidden": [8, 8], "steps": 6, "epochs": 2, "actor_warmup": 1},
 }
 RUN = FinetuneConfig(env_steps=150, num_envs=3, eval_episodes=2, save_seconds=0.0)
@@ -107,7 +108,8 @@ def test_figures_and_trackers(tmp_path):
     start("resip", tmp_path / "run", config=dataclasses.replace(RUN, track=("tensorboard",)))
     rows = read_metrics(tmp_path / "run")
     assert rows[0]["step"] == 0
-    assert {"eval/score", "eval/success"} <= rows[0].keys()
+    assert rows[0]["eval/low"] <= rows[0]["eval/score"] <= rows[0]["eval/high"]
+    assert rows[0]["eval/score"] == rows[0]["eval/success"]
     assert any("train/env_steps" in row and "value_error" in row for row in rows)
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
@@ -126,6 +128,15 @@ def test_resumption_is_refused_with_another_method_or_setting(tmp_path):
         start("resip", tmp_path / "run")
     with pytest.raises(DipoleError, match="nothing to resume"):
         start("resip", tmp_path / "none", resume=True)
+
+
+def test_a_finished_run_goes_on_with_more_env_steps(tmp_path):
+    long = start("resip", tmp_path / "long", config=dataclasses.replace(RUN, env_steps=200))
+    start("resip", tmp_path / "short", config=dataclasses.replace(RUN, env_steps=80))
+    more = start("resip", tmp_path / "short", config=dataclasses.replace(RUN, env_steps=200), resume=True)
+    assert more.env_steps == long.env_steps
+    first, second = (weights(tmp_path / name / "checkpoints" / "last") for name in ("long", "short"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_unknown_method_and_setting():

@@ -112,6 +112,27 @@ def test_restored_collector_goes_on_exactly():
     assert torch.equal(rest.data["draw"], whole.data["draw"][6:])
 
 
+def test_a_real_simulator_is_replayed_exactly():
+    pytest.importorskip("gym_pusht")
+
+    def push(features, generator):
+        return Decision(512 * torch.rand(len(features), 4, 2, generator=generator))
+
+    def make_collector():
+        return Collector(partial(make, "pusht", 2, max_steps=30), look, KEYS, 1, 0)
+
+    whole, first, second = make_collector(), make_collector(), make_collector()
+    wanted = whole.collect(push, 12)  # beyond the end of the first episodes
+    first.collect(push, 5)
+    second.restore(*first.state())
+    rest = second.collect(push, 7)
+    assert torch.equal(rest.features, wanted.features[5:])
+    assert torch.equal(rest.reward, wanted.reward[5:])
+    assert wanted.truncated.any()
+    for run in (whole, first, second):
+        run.close()
+
+
 def test_restoring_before_the_first_decision():
     tensors, values = collector().state()
     run = collector()

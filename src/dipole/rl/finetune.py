@@ -2,8 +2,9 @@
 
     finetune(policy, "micro/two_goal", "dsrl", DSRLConfig(...), FinetuneConfig(env_steps=20_000), out)
 
-writes `RUN/finetune.json`, `metrics.jsonl`, `checkpoints/last` and `checkpoints/best` (policy folders that load like
-any other) and `training_state/`. A resumed run ends with the very weights of an uninterrupted one.
+writes `RUN/finetune.json`, `metrics.jsonl` (with `eval/score` and its 95 % interval), `checkpoints/last` and
+`checkpoints/best` (policy folders that load like any other) and `training_state/`. A resumed run ends with the very
+weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dipole.envs.spec import VectorEnv
 from dipole.errors import DipoleError
 from dipole.evaluation.rollout import rollout
 from dipole.evaluation.seeds import episode_seeds
+from dipole.evaluation.statistics import bootstrap, wilson
 from dipole.policies.checkpoint import save_policy
 from dipole.rl.base import Base
 from dipole.rl.learner import Learner, Setting
@@ -167,9 +169,11 @@ class _Run:
         played = rollout(policy, self.env, episode_seeds(SELECT_SEED, self.config.eval_episodes))
         column = {"return": "return_"}.get(self.env.spec.score, self.env.spec.score)
         score = float(played.column(column).mean())
-        success = float(played.column("success").mean())
+        success = wilson(int(played.column("success").sum()), self.config.eval_episodes)
+        interval = success if self.env.spec.score == "success" else bootstrap(played.column(column))
         self.scores.append((self.env_steps, score))
-        self.trackers.log(self.env_steps, {"eval/score": score, "eval/success": success})
+        figures = {"score": score, "low": interval.low, "high": interval.high, "success": success.value}
+        self.trackers.log(self.env_steps, {f"eval/{key}": value for key, value in figures.items()})
         if not first and (self.best is None or score > self.best.score):
             self.best = Best(score, self.env_steps)
             save_policy(policy, self.out / "checkpoints" / "best")

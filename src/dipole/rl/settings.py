@@ -14,8 +14,8 @@ from dipole.training.result import Best
 
 RECORD = "finetune.json"
 SAVE_SECONDS = 60.0
-# What may differ between a run and its resumption.
-_FREE = ("save_seconds", "track", "mode", "num_workers")
+# What may differ between a run and its resumption; a finished run may go on with more env steps.
+_FREE = ("env_steps", "save_seconds", "track", "mode", "num_workers")
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ METHOD: dict[str, Any] = {
 }  # fmt: skip
 VARIANTS: dict[str, tuple[str, str, SamplerConfig, dict[str, Any]]] = {
     "sde": ("reinflow", "flow", FLOW, {**METHOD, "mode": "sde"}),
-    "learned": ("reinflow", "flow", FLOW, {**METHOD, "mode": "learned"}),
+    "learned": ("reinflow", "flow", FLOW, {**METHOD, "mode": "learned", "lr": 1e-4, "clip_last": 0.01}),
     "dppo": ("dppo", "vp-cosine", DIFFUSION, {**METHOD, "tuned_steps": 10, "deploy_eta": 1.0}),
 }
 RUN: dict[str, Any] = {"env_steps": 60_000, "num_envs": 64, "eval_episodes": 100}

@@ -28,9 +28,9 @@ def run(args: Args) -> None:
         print(json.dumps(rows, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("system", "what it is", "changes", "ci", "small", "gpu")
+    table = Table(Column("system", no_wrap=True), "what it is", "changes", "ci", "small", "gpu")
     for row in rows:
         cells = (_cell(row["tiers"], row["results"].get(tier), tier) for tier in ("ci", "small", "gpu"))
         table.add_row(row["name"], row["title"], row["axis"], *cells)

@@ -68,7 +68,7 @@ def read(path: str | Path, fps: float | None = None, images: bool = True, allow_
     rows = {len(array) for array in arrays.values() if array.ndim}
     if rows and frames not in rows:
         raise DipoleError(f"{path}: the episodes have {frames} frames, but the arrays have {sorted(rows)} rows")
-    for key in raw.NAMED.intersection(arrays):
+    for key in sorted(raw.NAMED.intersection(arrays)):
         if arrays[key].ndim == 0 or len(arrays[key]) != frames:
             rows_of = len(arrays[key]) if arrays[key].ndim else "no"
             raise DipoleError(f"{path}: '{key}' has {rows_of} rows, but the episodes have {frames} frames")

@@ -37,7 +37,7 @@ class Args:
     """Options of `dipole finetune`."""
 
     method: tyro.conf.Positional[str]
-    """dppo, ddpo, reinflow, dsrl, expo or resip."""
+    """dppo, ddpo, reinflow, dsrl, expo, find or resip."""
     run: tyro.conf.Positional[Path]
     """Run or checkpoint folder of the policy to improve; it is left as it is."""
     out: Path

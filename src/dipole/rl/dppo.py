@@ -25,6 +25,7 @@ from dipole.rl.advantages import RewardScale, gae, normalise, over_denoising
 from dipole.rl.buffers import ReplayBuffer
 from dipole.rl.chains import Chains, MinStd
 from dipole.rl.critics import Value
+from dipole.rl.directed import centred, directed_optimizer, follow
 from dipole.rl.experience import Decision, Rollout
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import clip_schedule, ppo_loss, ratio_figures
@@ -63,6 +64,10 @@ class DPPOConfig:
         advantage: `gae` with a critic (DPPO), or `return`: the discounted return, without one (DDPO).
         scale_reward: Divide rewards by the running standard deviation of the return.
         deploy_eta: Noise of the deployed sampler: 0 is DDIM, 1 ancestral.
+        direction: How the network follows its gradient: `adam` for minibatches of PPO, or one step per iteration of a
+            method of `dipole.rl.normalized_gradient` (`n-harpg` and `harpg` collect twice; then `epochs` is the
+            critic's, and ratios, clip ranges and log-prob settings are not used).
+        length: Length of the first such step.
     """
 
     num_steps: int | None = None
@@ -90,6 +95,8 @@ class DPPOConfig:
     advantage: Literal["gae", "return"] = "gae"
     scale_reward: bool = True
     deploy_eta: float = 0.0
+    direction: Literal["adam", "pg", "npg", "npg-igt", "n-harpg", "harpg"] = "adam"
+    length: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,11 @@ class DPPO:
         if noise is not None:
             self.modules["noise"] = noise
             learned += list(noise.parameters())
-        self.optimizers = {"actor": torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.0)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "actor": torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.0)
+            if config.direction == "adam"
+            else directed_optimizer(learned, config)
+        }
         if config.advantage == "gae":
             self.modules["critic"] = Value(base.feature_dim, config.critic_hidden)
             critic = self.modules["critic"].parameters()
@@ -162,6 +173,8 @@ class DPPO:
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """Collect `decisions` per row, then update for some epochs."""
+        if self.config.direction != "adam":
+            return follow(self, iteration)
         rollout = self.collector.collect(self.decide, self.config.decisions)
         advantage, target = self.advantages(rollout)
         return self._update(rollout, advantage.flatten(), target.flatten(), iteration)
@@ -242,10 +255,11 @@ class DPPO:
     def policy(self) -> Any:
         """Return an ordinary policy where all steps are tuned, else one that switches networks on the way."""
         base = self.setting.base.policy
+        tuned = centred(self.modules["tuned"], self.optimizers["actor"])
         if self.chains.steps == self.chains.total:
-            return with_network(base, self.modules["tuned"], self.sampler)
+            return with_network(base, tuned, self.sampler)
         boundary = float(self.chains.levels[self.chains.total - self.chains.steps])
-        return StagedPolicy.of(base, self.modules["tuned"], boundary, self.sampler)
+        return StagedPolicy.of(base, tuned, boundary, self.sampler)
 
 
 def make(setting: Setting, config: DPPOConfig) -> DPPO:

@@ -15,6 +15,7 @@ METHODS = {
     "reinflow": ("dipole.rl.reinflow", "ReinFlowConfig"),
     "dsrl": ("dipole.rl.dsrl", "DSRLConfig"),
     "expo": ("dipole.rl.expo", "EXPOConfig"),
+    "find": ("dipole.rl.find", "FINDConfig"),
     "resip": ("dipole.rl.resip", "ResiPConfig"),
 }
 

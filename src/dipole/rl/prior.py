@@ -1,0 +1,126 @@
+"""A policy whose initial noise comes from a learnt Gaussian instead of the standard one: what FIND leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipole.data.features import Feature
+from dipole.data.normalizer import Normalizer
+from dipole.diffusion.normal import Reduce
+from dipole.diffusion.tensors import Random, randn
+from dipole.errors import DipoleError
+from dipole.policies.config import SamplerConfig
+from dipole.policies.policy import Observation, State
+from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+
+SMALLEST_STD = 1e-4
+
+
+class NoisePrior(nn.Module):
+    """N(mu, diag s^2) over noise `[d]`; at first the standard normal distribution.
+
+    Args:
+        dim: d.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(dim))
+        self.log_std = nn.Parameter(torch.zeros(dim))
+
+    @property
+    def std(self) -> Tensor:
+        """Return s `[d]`, at least 1e-4."""
+        return self.log_std.clamp(min=math.log(SMALLEST_STD)).exp()
+
+    def forward(self, normal: Tensor) -> Tensor:
+        """Return noise for standard normal numbers `[n, d]`."""
+        return self.mean + self.std * normal
+
+    def log_prob(self, noise: Tensor, reduce: Reduce = "sum") -> Tensor:
+        """Return the log-density `[n]` of noise `[n, d]`, summed or averaged over the components (or `none`)."""
+        std = self.std
+        value = -0.5 * ((noise - self.mean) / std).square() - std.log() - 0.5 * math.log(2 * math.pi)
+        if reduce == "none":
+            return value
+        return value.sum(-1) if reduce == "sum" else value.mean(-1)
+
+    def kl(self) -> Tensor:
+        """Return the divergence from the standard normal distribution, sum 1/2 (mu^2 + s^2 - 1) - log s."""
+        std = self.std
+        return (0.5 * (self.mean.square() + std.square() - 1) - std.log()).sum()
+
+    def distance(self) -> Tensor:
+        """Return sum 1/2 mu^2 + (s - 1)^2, to which `kl` agrees up to second order."""
+        return (0.5 * self.mean.square() + (self.std - 1).square()).sum()
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """A policy with a noise prior.
+
+    Attributes:
+        base_type: Kind of the base policy.
+        base: Its configuration.
+        sampler: The deterministic sampler the prior was found with.
+    """
+
+    base_type: str
+    base: dict[str, Any]
+    sampler: SamplerConfig
+
+    @property
+    def observation(self) -> Mapping[str, Feature]:
+        """Return the features the base sees."""
+        return observation_of(self.base)
+
+
+class PriorPolicy(Wrapping, nn.Module):
+    """The policy. Noise given to `act` is standard normal, as for any policy: the prior shifts and scales it."""
+
+    config_class = PriorConfig
+    type_name = "prior"
+
+    def __init__(self, config: PriorConfig, normalizer: Normalizer) -> None:
+        nn.Module.__init__(self)
+        self.config, self.sampler = config, config.sampler
+        self.base = build_base(config.base_type, config.base, normalizer)
+        self.prior = NoisePrior(self.pred_horizon * self.action_dim)
+
+    @classmethod
+    def of(cls, base: Any, prior: NoisePrior) -> PriorPolicy:
+        """Return the policy of a base and a prior, shared and not copied."""
+        if not isinstance(base, nn.Module):
+            raise DipoleError("a remote policy cannot be stored with its prior: keep the training state instead")
+        policy = cls.__new__(cls)
+        nn.Module.__init__(policy)
+        sampler: SamplerConfig = base.sampler  # type: ignore[assignment]
+        policy.base, policy.prior, policy.sampler = base, prior, sampler
+        policy.config = PriorConfig(**base_values(base), sampler=sampler)
+        return policy
+
+    def with_sampler(self, sampler: SamplerConfig) -> PriorPolicy:
+        """Return a policy with the same weights and another sampler (the prior was found with its own)."""
+        other = copy.copy(self)
+        other.sampler = sampler
+        return other
+
+    @torch.no_grad()
+    def act(
+        self, obs: Observation, state: State, noise: Tensor | None = None, generator: Random = None
+    ) -> tuple[Tensor, State]:
+        """Return `(chunk [B, Ta, Da] in physical units, state)`; `noise` `[B, Tp, Da]` is standard normal."""
+        features, cond = self.features(obs)
+        if noise is None:
+            noise = randn((len(features), self.pred_horizon, self.action_dim), generator, like=features)
+        shaped = self.prior(noise.flatten(1)).view_as(noise)
+        chunk = self.base.with_sampler(self.sampler).denoise(cond, shaped, generator)
+        first = self.obs_horizon - 1
+        return self.normalizer.denormalize("action", chunk[:, first : first + self.action_horizon]), state

@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "improve a policy by reinforcement learning",
     "eval": "evaluate a policy on unseen seeds, with intervals",
     "compare": "compare two policies on the same seeds",
+    "compose": "mix the scores of policies at test time, with the weights searched",
     "accelerate": "find the fastest way to run a policy that keeps its success",
     "distill": "condense a policy to one or two network calls per chunk",
     "serve": "serve policies to robots over the network",

@@ -92,10 +92,11 @@ def count_network_calls(policy: Any, obs: Mapping[str, Tensor]) -> int | None:
     Of a policy that remembers something it is those of the second chunk: the first may be the dear one.
     """
     network = getattr(policy, "network", None)
+    networks = [network] if isinstance(network, nn.Module) else list(getattr(policy, "networks", ()))
     device = device_of(policy)
     batch = {key: value.to(device) for key, value in obs.items()}
-    if isinstance(network, nn.Module):
-        with acting(policy), _counting(network) as seen:
+    if networks:
+        with acting(policy), _counting(networks) as seen:
             state = policy.initial_state(1)
             for _ in range(2 if state else 1):
                 seen.clear()
@@ -106,10 +107,11 @@ def count_network_calls(policy: Any, obs: Mapping[str, Tensor]) -> int | None:
 
 
 @contextmanager
-def _counting(network: nn.Module) -> Iterator[list[None]]:
+def _counting(networks: Sequence[nn.Module]) -> Iterator[list[None]]:
     seen: list[None] = []
-    hook = network.register_forward_pre_hook(lambda module, inputs: seen.append(None))
+    hooks = [network.register_forward_pre_hook(lambda module, inputs: seen.append(None)) for network in networks]
     try:
         yield seen
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

@@ -34,9 +34,11 @@ POLICIES = {
     "staged": ("dipole.rl.staged", "StagedPolicy"),
     "steered": ("dipole.rl.steered", "SteeredPolicy"),
     "edited": ("dipole.rl.edited", "EditedPolicy"),
+    "prior": ("dipole.rl.prior", "PriorPolicy"),
     "residual": ("dipole.rl.residual", "ResidualPolicy"),
     "diffusion-drive": ("dipole.policies.diffusion_drive", "DiffusionDrivePolicy"),
     "rdp": ("dipole.policies.rdp", "RdpPolicy"),
+    "composed": ("dipole.policies.composed", "ComposedPolicy"),
 }
 
 
@@ -56,7 +58,8 @@ def save_policy(policy: Any, path: str | Path, weights: dict[str, Tensor] | None
     """Write a policy folder atomically, replacing an older one.
 
     Args:
-        policy: A policy module with `config`, `normalizer` and `type_name`.
+        policy: A policy module with `config`, `normalizer` and `type_name`; or one with a `save` of its own, because
+            its folder only refers to others.
         path: Folder.
         weights: Values to store instead of the policy's own (EMA weights), by parameter name.
 
@@ -66,11 +69,22 @@ def save_policy(policy: Any, path: str | Path, weights: dict[str, Tensor] | None
     Raises:
         DipoleError: The disk is full or the folder cannot be written; what was there before is left.
     """
-    folder = Path(path)
+    if hasattr(policy, "save"):
+        saved: Path = policy.save(path)
+        return saved
     state = {key: value for key, value in policy.state_dict().items() if not key.startswith("normalizer.")}
     for key, value in (weights or {}).items():
         if key in state:
             state[key] = value
+    return write_folder(Path(path), policy.type_name, policy.config, state, policy.normalizer)
+
+
+def write_folder(folder: Path, kind: str, config: Any, state: dict[str, Tensor], normalizer: Normalizer) -> Path:
+    """Write the three files of a policy of some kind atomically, replacing an older folder; return the folder.
+
+    Raises:
+        DipoleError: The disk is full or the folder cannot be written; what was there before is left.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -78,8 +92,8 @@ def save_policy(policy: Any, path: str | Path, weights: dict[str, Tensor] | None
         raise DipoleError(f"{folder}: cannot be written ({error.strerror})") from None
     try:
         save_file({key: value.detach().contiguous().cpu() for key, value in state.items()}, temporary / MODEL)
-        save_file(policy.normalizer.state(), temporary / NORMALIZER)
-        write_json(temporary / CONFIG, _header(policy, temporary))
+        save_file(normalizer.state(), temporary / NORMALIZER)
+        write_json(temporary / CONFIG, _header(kind, config, temporary))
         os.chmod(temporary, 0o755)
         replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
@@ -106,17 +120,18 @@ def recover_folder(folder: Path) -> None:
         os.rename(aside, folder)
 
 
-def _header(policy: Any, folder: Path) -> dict[str, Any]:
+def _header(kind: str, config: Any, folder: Path) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "dipole_version": __version__,
-        "type": policy.type_name,
-        "sha256": {name: _digest(folder / name) for name in (MODEL, NORMALIZER)},
-        "config": to_dict(policy.config),
+        "type": kind,
+        "sha256": {name: file_digest(folder / name) for name in (MODEL, NORMALIZER)},
+        "config": to_dict(config),
     }
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -159,6 +174,8 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Any:
     later = getattr(cls.config_class, "LATER_FIELDS", {})
     values = {**later, **header["config"]} if isinstance(header["config"], dict) else header["config"]
     config = from_dict(cls.config_class, values, where=str(folder / CONFIG))
+    if hasattr(cls, "open"):  # its folder refers to others
+        return cls.open(folder, config).to(device).eval()
     policy = cls(config, Normalizer.from_state(load_file(folder / NORMALIZER)))
     load_weights(policy, load_file(folder / MODEL), folder / MODEL)
     return policy.to(device).eval()
@@ -167,7 +184,7 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> Any:
 def _verify(path: Path, expected: str | None) -> None:
     if not path.is_file():
         raise DipoleError(f"{path}: missing: copy the whole checkpoint folder")
-    if expected is not None and _digest(path) != expected:
+    if expected is not None and file_digest(path) != expected:
         raise DipoleError(f"{path}: damaged (its SHA-256 is not the one in {CONFIG}): restore it from a copy")
 
 

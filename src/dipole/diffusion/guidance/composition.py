@@ -61,9 +61,9 @@ class Composition:
         """Return x0_hat, shaped as `x`."""
         if not self.spans:
             return self._whole(x, t, cond)
-        shares = _shares(self.weights, self.spans, x.shape[1])
+        table = shares(self.weights, self.spans, x.shape[1])
         mixed = torch.zeros_like(x)
-        for denoiser, (start, stop), share in zip(self.denoisers, self.spans, shares, strict=True):
+        for denoiser, (start, stop), share in zip(self.denoisers, self.spans, table, strict=True):
             part = share[start:stop]
             if any(part):
                 fraction = torch.tensor(part, dtype=x.dtype, device=x.device).unsqueeze(-1)
@@ -82,16 +82,11 @@ class Composition:
 
     def prepare(self, levels: Level, cond: Any) -> Denoiser:
         """Prepare every parent for the levels it will see."""
-        spans = self.spans or ((0, 0),) * len(self.denoisers)
-        ready = tuple(
-            prepare(denoiser, levels[..., start:stop] if _by_position(levels) and self.spans else levels, cond)
-            for denoiser, (start, stop) in zip(self.denoisers, spans, strict=True)
-        )
+        seen = [levels] * len(self.denoisers)
+        if isinstance(levels, Tensor) and levels.dim() == 3 and levels.shape[-1] > 1 and self.spans:
+            seen = [levels[..., start:stop] for start, stop in self.spans]
+        ready = tuple(prepare(denoiser, own, cond) for denoiser, own in zip(self.denoisers, seen, strict=True))
         return replace(self, denoisers=ready)
-
-
-def _by_position(levels: Level) -> bool:
-    return isinstance(levels, Tensor) and levels.dim() == 3 and levels.shape[-1] > 1
 
 
 def _level_of(t: Any, start: int, stop: int) -> Any:
@@ -100,7 +95,7 @@ def _level_of(t: Any, start: int, stop: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _shares(weights: tuple[float, ...], spans: tuple[Span, ...], length: int) -> tuple[tuple[float, ...], ...]:
+def shares(weights: tuple[float, ...], spans: tuple[Span, ...], length: int) -> tuple[tuple[float, ...], ...]:
     """Return for each parent and position the fraction its answer gets in a blend with the parents before it.
 
     Blending one after the other by `lerp` leaves equal answers, and those of a lone parent, as they are to the bit.

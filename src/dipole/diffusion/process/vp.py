@@ -99,7 +99,7 @@ class VP:
         """Return the trained level whose ratio is nearest in log scale; a ratio of 0 is clean."""
         ratio = as_level(ratio)
         log_ratio = torch.log(self._sigma[:-1] / self._alpha[:-1]).to(ratio.device)
-        nearest = (torch.log(ratio.clamp(min=1e-300)).unsqueeze(-1) - log_ratio).abs().argmin(-1)
+        nearest = (torch.log(ratio.clamp(1e-300, 1e300)).unsqueeze(-1) - log_ratio).abs().argmin(-1)
         return torch.where(ratio > 0, nearest.double(), -torch.ones_like(ratio))
 
     def network_time(self, t: LevelLike) -> Tensor:

@@ -9,7 +9,7 @@ from rl_helpers import ENV, setting_of, tiny_policy
 from dipole.errors import DipoleError
 from dipole.policies import load_policy
 from dipole.rl import finetune as loop
-from dipole.rl.directed import _correction, _gradient, surrogates
+from dipole.rl.directed import _correction, _gradient, surrogates, unit_of
 from dipole.rl.dppo import DPPO, DPPOConfig
 from dipole.rl.finetune import finetune
 from dipole.rl.normalized_gradient import hessian_term
@@ -18,11 +18,13 @@ from dipole.rl.reinflow import make as make_reinflow
 from dipole.rl.settings import FinetuneConfig
 
 CONFIG = DPPOConfig(decisions=3, batch_size=4, epochs=1, critic_hidden=(8,), tuned_steps=2, direction="npg-igt")
-RUN = FinetuneConfig(env_steps=100, num_envs=3, eval_episodes=0, save_seconds=0.0)
+# Untrained policies meet no goal: time costs something, so that decisions differ.
+PENALTY = 0.1
+RUN = FinetuneConfig(env_steps=200, num_envs=3, eval_episodes=0, save_seconds=0.0, step_penalty=PENALTY)
 
 
 def learner_of(**changes):
-    return DPPO(setting_of(tiny_policy()), dataclasses.replace(CONFIG, **changes))
+    return DPPO(setting_of(tiny_policy(), step_penalty=PENALTY), dataclasses.replace(CONFIG, **changes))
 
 
 def collected(learner):
@@ -110,7 +112,7 @@ def test_hessian_directions_collect_between_and_return():
     learner = learner_of(direction="harpg", length=1e-3)
     learner.iterate(0)
     before = [p.detach().clone() for p in learner.optimizers["actor"].parameters]
-    correction = _correction(learner, 1, torch.tensor(0.0), torch.tensor(1.0))
+    correction = _correction(learner, 1, torch.tensor(0.0), 1.0)
     assert all(torch.isfinite(part).all() for part in correction)
     assert all(torch.equal(a, p) for a, p in zip(before, learner.optimizers["actor"].parameters, strict=True))
 
@@ -125,6 +127,14 @@ def test_the_ascent_is_deployed_not_where_it_samples():
     assert not all(torch.equal(p, c) for p, c in zip(optimizer.parameters, optimizer.centre(), strict=True))
 
 
+def test_equal_rewards_move_nothing():
+    learner = DPPO(setting_of(tiny_policy()), CONFIG)  # none is reached
+    assert learner.iterate(0)["step_length"] == 0
+    # rounding in the mean of equal advantages is not taken for a difference
+    assert unit_of(torch.full((7, 3), 0.1)) == 0
+    assert unit_of(torch.tensor([[0.0, 2.0]])) == pytest.approx(0.5**0.5)
+
+
 def test_terms_that_have_no_place_are_refused():
     with pytest.raises(DipoleError, match="kl_weight is for direction=adam"):
         learner_of(kl_weight=0.1)
@@ -133,7 +143,9 @@ def test_terms_that_have_no_place_are_refused():
 
 
 def test_reinflow_follows_directions_too():
-    learner = make_reinflow(setting_of(tiny_policy()), ReinFlowConfig(decisions=2, direction="npg-igt", length=0.1))
+    learner = make_reinflow(
+        setting_of(tiny_policy(), step_penalty=PENALTY), ReinFlowConfig(decisions=2, direction="npg-igt", length=0.1)
+    )
     assert learner.iterate(0)["step_length"] == pytest.approx(0.1, rel=1e-3)
 
 

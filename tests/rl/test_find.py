@@ -72,6 +72,15 @@ def test_old_samples_go_when_the_history_is_full():
     assert set(search.history.state()["reward"].tolist()) == {1.0, 2.0}
 
 
+@pytest.mark.parametrize("reward", [0.0, 0.1])
+def test_equal_rewards_move_nothing(reward):
+    search = PriorSearch(2, 1, 7, FINDConfig(hidden=(4,)), 0)
+    for step in range(3):
+        search.learn(search.draw(7, generator(0, step)), torch.randn(7, 1), torch.full((7,), reward), step)
+    assert not search.prior.mean.any()
+    assert not search.prior.log_std.any()
+
+
 def test_calibration_learns_what_a_prior_is_worth():
     search = PriorSearch(1, 1, 64, FINDConfig(hidden=(32,), lr=0.0, calibration_lr=1e-2, calibration_updates=60), 0)
     features = torch.arange(64.0).remainder(2).view(-1, 1)

@@ -126,12 +126,12 @@ class LQR:
         """Return the best stationary K `[1, 2]` and J there: Newton's method from the gain of the Riccati equation."""
         a, b, q, r = self.matrices
         p = q
-        for _ in range(1000):
+        for _ in range(300):
             inner = torch.linalg.inv(r + gamma * b.T @ p @ b)
             gain = -gamma * inner @ b.T @ p @ a
             p = q + gamma * a.T @ p @ (a + b @ gain)
         flat = gain.flatten()
-        for _ in range(20):
+        for _ in range(8):
 
             def negated(k: Tensor) -> Tensor:
                 return -self.value(k.view(1, 2), std, horizon, gamma)

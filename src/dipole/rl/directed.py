@@ -55,14 +55,14 @@ def follow(learner: DPPO, iteration: int) -> dict[str, float]:
         return {}
     rollout = learner.collector.collect(learner.decide, config.decisions)
     advantage, target = learner.advantages(rollout)
-    mean, std = advantage.mean(), advantage.std() + 1e-8
+    mean, unit = advantage.mean(), unit_of(advantage)
     figures = {}
     if iteration >= config.critic_warmup:
-        figures["grad_norm"] = _gradient(learner, rollout, (advantage - mean) / std)
+        figures["grad_norm"] = _gradient(learner, rollout, unit * (advantage - mean))
         gradients = [p.grad for p in optimizer.parameters]
         correction = None
         if optimizer.config.transport == "hessian" and optimizer.track().t:
-            correction = _correction(learner, iteration, mean, std)
+            correction = _correction(learner, iteration, mean, unit)
             figures["correction_norm"] = float(nn.utils.get_total_norm(correction))
         for p, gradient in zip(optimizer.parameters, gradients, strict=True):
             p.grad = gradient
@@ -72,6 +72,12 @@ def follow(learner: DPPO, iteration: int) -> dict[str, float]:
     if "critic" in learner.optimizers:
         figures["value_error"] = _train_critic(learner, rollout.features, target, iteration)
     return figures
+
+
+def unit_of(advantage: Tensor) -> float:
+    """Return 1 / standard deviation; 0 where advantages differ by rounding only: a normalised step would follow it."""
+    std = float(advantage.std())
+    return 1 / std if std > 1e-5 * float(advantage.abs().max()) else 0.0
 
 
 def surrogates(learner: DPPO, rollout: Rollout, advantage: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +117,7 @@ def _gradient(learner: DPPO, rollout: Rollout, advantage: Tensor) -> float:
     return float(nn.utils.get_total_norm(found))
 
 
-def _correction(learner: DPPO, iteration: int, mean: Tensor, std: Tensor) -> list[Tensor]:
+def _correction(learner: DPPO, iteration: int, mean: Tensor, unit: float) -> list[Tensor]:
     """Return B v, of a second rollout between the last two parameters; advantages in the first one's units."""
     optimizer: Any = learner.optimizers["actor"]
     q = float(torch.rand((), generator=generator(learner.setting.seed, "between", iteration)))
@@ -119,7 +125,7 @@ def _correction(learner: DPPO, iteration: int, mean: Tensor, std: Tensor) -> lis
     optimizer.move_between(q)
     rollout = learner.collector.collect(learner.decide, learner.config.decisions)
     advantage, _ = learner.advantages(rollout)
-    phi, log_prob = surrogates(learner, rollout, (advantage - mean) / std)
+    phi, log_prob = surrogates(learner, rollout, unit * (advantage - mean))
     correction = hessian_term(phi, log_prob, optimizer.parameters, vector)
     optimizer.move_back()
     return list(correction)

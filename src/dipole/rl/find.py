@@ -101,10 +101,13 @@ class Calibration(nn.Module):
         self.register_buffer("centre", torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def fit(self, reward: Tensor) -> None:
-        """Take the rewards' mean and standard deviation for units."""
+    def fit(self, reward: Tensor) -> bool:
+        """Take the rewards' mean and standard deviation for units; return whether they differ beyond rounding."""
+        std = reward.std(correction=0)
+        differ = bool(std > 1e-5 * reward.abs().max())
         self.centre.copy_(reward.mean())
-        self.scale.copy_(reward.std(correction=0).clamp(min=1e-6))
+        self.scale.copy_(std if differ else torch.ones(()))
+        return differ
 
     def standard(self, reward: Tensor) -> Tensor:
         """Return rewards in these units."""
@@ -161,13 +164,13 @@ class PriorSearch:
         """Learn from noise that was drawn and the reward `[n]` it earned at features `[n, F]`."""
         self.history.add({**drawn, "features": features, "reward": reward})
         samples = self.history.state()
-        self.calibration.fit(samples["reward"])
+        differ = self.calibration.fit(samples["reward"])
         figures = {"calibration_error": self._calibrate(iteration)}
         with torch.no_grad():
             worth = self.calibration(self._present(len(samples["reward"])), samples["features"])
             advantage = normalise(self.calibration.standard(samples["reward"]) - worth)
-        adam = self.config.direction == "adam"
-        for _ in range(self.config.updates if adam else 1):
+        steps = self.config.updates if self.config.direction == "adam" else 1
+        for _ in range(steps if differ else 0):  # equal rewards say nothing about the noise
             figures |= self._step(samples, advantage)
         with torch.no_grad():
             figures |= {"prior_kl": float(self.prior.kl()), "prior_std": float(self.prior.std.mean())}

@@ -212,7 +212,7 @@ def _density() -> list[Claim]:
         near.mean.add_(1e-3)
         near.log_std.add_(1e-3)
     # what is left is of third order: 1e-9 times 5 components and a factor near 1
-    relative = float((near.kl() - near.distance()).abs() / near.kl())
+    relative = float(((near.kl() - near.distance()).abs() / near.kl()).detach())
     apart = float((prior.kl() - exact).detach().abs())
     return [
         check("gradient of log p in mean and deviation", error, "closed form", 1e-12),

@@ -67,7 +67,7 @@ def _cast(network: nn.Module, precision: str, backend: str) -> nn.Module:
     network = copy.copy(network)
     if precision == "bf16":
         # An instance's own `forward` comes before its class's, and is no part of the state dict.
-        network.forward = _autocast(network.forward)  # type: ignore[method-assign]
+        network.forward = _autocast(network.forward)
     return network
 
 

@@ -117,7 +117,7 @@ def fitted_std(table: Sequence[StartLevel], options: RTIConfig, process: Any) ->
     def distance(std: float) -> float:
         return math.dist([residual(process, listed, std) for listed in levels], [row.left for row in table])
 
-    return min(grid, key=distance)
+    return float(min(grid, key=distance))
 
 
 def _levels(start: float, options: RTIConfig, process: Any) -> tuple[float, ...]:

@@ -23,9 +23,17 @@ class Dynamics(Protocol):
         discrete: Whether an action is one of a few.
     """
 
-    feature_dim: int
-    action_dim: int
-    discrete: bool
+    @property
+    def feature_dim(self) -> int:
+        """Return the number of components of what a policy sees."""
+
+    @property
+    def action_dim(self) -> int:
+        """Return the components of an action, or the number of actions."""
+
+    @property
+    def discrete(self) -> bool:
+        """Return whether an action is one of a few."""
 
     def begin(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
         """Return first states `[*shape, n]`."""
@@ -136,8 +144,8 @@ class LQR:
             def negated(k: Tensor) -> Tensor:
                 return -self.value(k.view(1, 2), std, horizon, gamma)
 
-            slope = torch.autograd.functional.jacobian(negated, flat)
-            curvature = torch.autograd.functional.hessian(negated, flat)
+            slope = torch.autograd.functional.jacobian(negated, flat)  # type: ignore[no-untyped-call]
+            curvature = torch.autograd.functional.hessian(negated, flat)  # type: ignore[no-untyped-call]
             flat = flat - torch.linalg.solve(curvature, slope)
         gain = flat.view(1, 2)
         return gain, float(self.value(gain, std, horizon, gamma))

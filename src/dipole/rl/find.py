@@ -158,7 +158,8 @@ class PriorSearch:
     def value(self, features: Tensor) -> Tensor:
         """Return g of the present prior, in units of the reward."""
         calibration = self.calibration
-        return calibration.centre + calibration.scale * calibration(self._present(len(features)), features)
+        value: Tensor = calibration.centre + calibration.scale * calibration(self._present(len(features)), features)
+        return value
 
     def learn(self, drawn: Groups, features: Tensor, reward: Tensor, iteration: int) -> dict[str, float]:
         """Learn from noise that was drawn and the reward `[n]` it earned at features `[n, F]`."""

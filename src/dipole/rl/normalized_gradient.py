@@ -209,8 +209,10 @@ class DirectedOptimizer(Optimizer):
         own = self.parameters
         if own[0] not in self.state:
             return Track.start(_flat(own))
-        parts = [_flat([self.state[p][key] for p in own]) for key in ("centre", "previous", "direction")]
-        return Track(*parts, int(self.state[own[0]]["step"]))
+        centre, previous, direction = (
+            _flat([self.state[p][key] for p in own]) for key in ("centre", "previous", "direction")
+        )
+        return Track(centre, previous, direction, int(self.state[own[0]]["step"]))
 
     def centre(self) -> list[Tensor]:
         """Return th_t, in the parameters' shapes: the weights to deploy."""

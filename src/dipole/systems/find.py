@@ -127,8 +127,8 @@ def small(run: Run) -> list[Claim]:
             for seed in SEEDS
         ]
     baseline = [run.part(f"cem-{seed}", {**config, "seed": seed}, partial(cross_entropy, seed)) for seed in SEEDS]
-    config = {"method": METHOD, "run": RUN, "episodes": EPISODES}
-    goal = [run.part(f"two-goal-{seed}", {**config, "seed": seed}, partial(two_goal, seed)) for seed in SEEDS]
+    settings = {"method": METHOD, "run": RUN, "episodes": EPISODES}
+    goal = [run.part(f"two-goal-{seed}", {**settings, "seed": seed}, partial(two_goal, seed)) for seed in SEEDS]
     _plot(run, found)
     queries = f"{UPDATES * BATCH} samples; "
     return [

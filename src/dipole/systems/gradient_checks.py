@@ -58,7 +58,7 @@ def closed_form() -> tuple[Tensor, Tensor]:
     def value(gain: Tensor) -> Tensor:
         return lqr.value(gain.view(1, 2), SHORT.std, SHORT.horizon, SHORT.gamma, moment)
 
-    hessian = torch.autograd.functional.hessian(value, GAIN[0])
+    hessian = torch.autograd.functional.hessian(value, GAIN[0])  # type: ignore[no-untyped-call]
     return lqr.gradient(GAIN, SHORT.std, SHORT.horizon, SHORT.gamma, moment)[0], hessian @ VECTOR[0]
 
 

@@ -71,7 +71,7 @@ def oracle_policy(covariance: Tensor, horizons: tuple[int, int, int], streaming:
     def network(x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
         return oracle(x, time[:1] if time.dim() == 2 else float(time[0]))  # all rows are at the same level(s)
 
-    policy.network.forward = network  # type: ignore[method-assign]
+    policy.network.forward = network
     return policy
 
 

@@ -46,8 +46,8 @@ class Args:
     """Checkpoints from `dipole distill` to try as well."""
     backends: tuple[str, ...] | None = None
     """Back ends to try besides eager, in place of all (none: give the option without a name)."""
-    no_confirm: bool = False
-    """Do not play the choice against the reference on fresh seeds."""
+    confirm: bool = True
+    """Play the choice against the reference on fresh seeds."""
     num_envs: int = 16
     """Environments run at once. Does not change the result."""
     max_steps: int | None = None
@@ -109,7 +109,7 @@ def _config(args: Args) -> SearchConfig:
         distilled=tuple(str(path) for path in args.distilled),
         backends=args.backends,
         max_steps=args.max_steps,
-        confirm=not args.no_confirm,
+        confirm=args.confirm,
     )
 
 

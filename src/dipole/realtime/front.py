@@ -39,6 +39,8 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     if document["config"]["target_ms"] is not None:
         axes.axvline(document["config"]["target_ms"], color="C3", lw=0.8, ls="--", label="target")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_number)
+    axes.xaxis.set_minor_formatter(_number)
     axes.set_xlabel("milliseconds per chunk (median, one observation, one thread)")
     axes.set_ylabel({"success": "success rate", "max_reward": "largest reward"}.get(document["score_name"], "return"))
     axes.set_title(f"{document['env']}: {Path(document['run']).name}", loc="left", fontsize=10)
@@ -51,6 +53,10 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
+def _number(value: float, position: int) -> str:
+    return f"{value:g}"
+
+
 def _point(axes: Any, row: Mapping[str, Any], document: Mapping[str, Any]) -> None:
     score, chosen, reference = row["score"], row["name"] == document["chosen"], row["name"] == document["reference"]
     complete = row["episodes"] == document["config"]["episodes"]
@@ -60,8 +66,11 @@ def _point(axes: Any, row: Mapping[str, Any], document: Mapping[str, Any]) -> No
         row["p50_ms"], score["value"], [[max(0.0, low)], [max(0.0, high)]], color=colour, fmt="o" if complete else "x",
         ms=7 if chosen or reference else 5, lw=0.8, alpha=1.0 if complete else 0.6,
     )  # fmt: skip
+    # Equals stand close together: only those one might take have their name beside them, the others below, upright.
+    plain = chosen or reference or row["front"]
     if complete or chosen:
-        place = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 8}
+        place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8 if plain else 6}
+        place |= {"xytext": (5, 4)} if plain else {"xytext": (-2, -12), "rotation": 90, "ha": "right", "va": "top"}
         axes.annotate(row["name"], (row["p50_ms"], score["value"]), color=colour, **place)
 
 

@@ -53,7 +53,7 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def _number(value: float, position: int) -> str:
+def _number(value: float, position: float) -> str:
     return f"{value:g}"
 
 

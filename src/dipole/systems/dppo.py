@@ -26,7 +26,7 @@ from dipole.rl.learner import Setting
 from dipole.rl.objectives import clip_schedule
 from dipole.systems.card import Card, Claim, Margin, Measure, Source
 from dipole.systems.experiment import listed, rate
-from dipole.systems.finetuning import TWO_GOAL, base_policy, demonstrations, improve, success
+from dipole.systems.finetuning import TWO_GOAL, base_policy, demonstrations, improve, plot_curves, success
 from dipole.systems.run import Run
 
 CARD = Card(
@@ -77,13 +77,7 @@ def small(run: Run) -> list[Claim]:
     def values(variant: str, name: str) -> list[float]:
         return [part[name] for part in parts[variant]]
 
-    with run.plot("success") as axes:
-        for colour, (variant, found) in enumerate(parts.items()):
-            for k, part in enumerate(found):
-                axes.plot(*np.array(part["curve"]).T, ".-", color=f"C{colour}", label=variant if k == 0 else None)
-        axes.set_xlabel("env steps")
-        axes.set_ylabel("success")
-        axes.legend()
+    plot_curves(run, parts)
     cost = f"{parts['dppo'][0]['env_steps']} env steps, {np.mean(values('dppo', 'seconds')):.0f} s; "
     return [
         Claim(

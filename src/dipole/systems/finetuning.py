@@ -21,6 +21,7 @@ from dipole.rl.finetune import finetune
 from dipole.rl.methods import make_config as method_config
 from dipole.rl.settings import FinetuneConfig
 from dipole.systems.experiment import play, train
+from dipole.systems.run import Run
 from dipole.training import read_metrics
 from dipole.training.config import TrainConfig
 
@@ -116,3 +117,14 @@ def area(curve: Sequence[Sequence[float]]) -> float:
     """Return the mean success over the samples used: the area under the curve, divided by its width."""
     steps, values = np.array(curve, dtype=np.float64).T
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
+
+
+def plot_curves(run: Run, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Draw the success of every seed of every variant against env steps."""
+    with run.plot("success") as axes:
+        for colour, (variant, found) in enumerate(parts.items()):
+            for k, part in enumerate(found):
+                axes.plot(*np.array(part["curve"]).T, ".-", color=f"C{colour}", label=variant if k == 0 else None)
+        axes.set_xlabel("env steps")
+        axes.set_ylabel("success")
+        axes.legend()

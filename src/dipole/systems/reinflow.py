@@ -10,7 +10,6 @@ import itertools
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from dipole.diffusion import DDIM, Flow, FlowSDE, Kernel, sample
@@ -24,7 +23,7 @@ from dipole.rl.reinflow import make as make_learner
 from dipole.systems.card import Card, Claim, Margin, Measure, Source
 from dipole.systems.dppo import tiny_base
 from dipole.systems.experiment import listed, over_seeds, rate
-from dipole.systems.finetuning import TWO_GOAL, base_policy, improve, success
+from dipole.systems.finetuning import TWO_GOAL, base_policy, improve, plot_curves, success
 from dipole.systems.run import Run
 
 CARD = Card(
@@ -75,13 +74,7 @@ def small(run: Run) -> list[Claim]:
     def values(variant: str, name: str) -> list[float]:
         return [part[name] for part in parts[variant]]
 
-    with run.plot("success") as axes:
-        for colour, (variant, found) in enumerate(parts.items()):
-            for k, part in enumerate(found):
-                axes.plot(*np.array(part["curve"]).T, ".-", color=f"C{colour}", label=variant if k == 0 else None)
-        axes.set_xlabel("env steps")
-        axes.set_ylabel("success")
-        axes.legend()
+    plot_curves(run, parts)
     claims = [
         Claim(
             f"{variant} finds the rewarded goal",

@@ -70,8 +70,12 @@ class Run:
 
         Args:
             jobs: `(name, config, compute)` as for `part`; `compute` a module's function or a `partial` of one.
-            workers: Processes; default one per core. What runs in them does not depend on their number.
+            workers: Processes; default one per core. What runs in them does not depend on their number. With one, the
+                parts are computed here, one after the other.
         """
+        workers = workers or os.cpu_count() or 1
+        if workers == 1:
+            return [self.part(*job) for job in jobs]
         results: dict[int, Any] = {}
         for index, job in enumerate(jobs):
             found, result = self._finished(*job)
@@ -80,7 +84,7 @@ class Run:
         missing = [index for index in range(len(jobs)) if index not in results]
         if not missing:
             return [results[index] for index in range(len(jobs))]
-        count = min(len(missing), workers or os.cpu_count() or 1)
+        count = min(len(missing), workers)
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
             futures = {pool.submit(_timed, jobs[index][2]): index for index in missing}
             self.progress(f"{len(missing)} of {len(jobs)} parts to compute, {count} at a time")

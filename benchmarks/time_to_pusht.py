@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dipole.cores import usable_cores
+
 BUDGETS = (2.0, 3.5, 5.0, 7.0, 9.3)
 SCORE, EPISODES = 0.9, 100
 PEER = Path(__file__).parent / "peers" / "lerobot_train_pusht.py"
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--peer-python")
     parser.add_argument("--peer-minutes", type=float, default=20.0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, Any] = {"ours": ours(args.data, Path(folder), args.threads)}

@@ -15,7 +15,6 @@ windows of two cameras at 160 x 120): 100 MiB beyond Python and torch, for 395 M
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dipole.cores import usable_cores
 from dipole.errors import DipoleError
 
 # Parts per worker that a request is cut into: enough that no worker waits long for the last one.
@@ -80,7 +80,7 @@ class Decoders:
 
     def __init__(self, options: Streaming | None = None) -> None:
         options = options or Streaming()
-        self.workers = options.workers or min(8, _cores())
+        self.workers = options.workers or min(8, usable_cores())
         self.cache = PictureCache(int(options.cache_mb * 2**20))
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="dipole-decode")
         self._closed = False
@@ -126,11 +126,6 @@ class Decoders:
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.cache.clear()
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parts(frames: np.ndarray, count: int) -> Iterator[tuple[int, int]]:

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+from dipole.cores import usable_cores
 from dipole.envs.split import Answer, Request, SplitVector, answer, build, end
 from dipole.errors import DipoleError
 
 _CLOSE_SECONDS = 5.0  # a worker that has not left by then is killed
-
-
-def processors() -> int:
-    """Return how many processors this process may use (macOS only says how many there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _serve(pipe: Connection, name: str, num_rows: int, options: dict[str, Any]) -> None:
@@ -98,7 +93,7 @@ class AsyncVector(SplitVector):
     """
 
     def __init__(self, name: str, num_envs: int, num_workers: int | None = None, **options: Any) -> None:
-        count = max(1, min(num_envs, num_workers or processors()))
+        count = max(1, min(num_envs, num_workers or usable_cores()))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["dipole.envs.async_vector"])
         workers: list[_Process] = []

@@ -16,7 +16,7 @@ import signal
 import socket
 from typing import Any
 
-from dipole.envs.async_vector import processors
+from dipole.cores import usable_cores
 from dipole.envs.spec import VectorEnv
 from dipole.envs.split import Answer, Request, SplitVector, answer, build
 from dipole.errors import DipoleError, MissingExtraError
@@ -168,7 +168,7 @@ def _import() -> Any:
 def _join(ray: Any, address: str | None, num_cpus: int | None) -> None:
     """Join the cluster at `address`, or start one of our own."""
     if address is None:
-        how: dict[str, Any] = {"address": "local", "num_cpus": num_cpus or processors(), "include_dashboard": False}
+        how: dict[str, Any] = {"address": "local", "num_cpus": num_cpus or usable_cores(), "include_dashboard": False}
         how["object_store_memory"] = _OBJECT_STORE_BYTES
         # Of themselves Ray's workers give way to every other process, and starve on a machine in use.
         os.environ.setdefault("RAY_worker_niceness", "0")

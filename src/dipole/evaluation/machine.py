@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dipole.cores import usable_cores
+
 _LIBRARIES = (
     "torch",
     "numpy",
@@ -28,7 +30,7 @@ def machine() -> dict[str, Any]:
     """Return processor, cores, memory, accelerator, threads and operating system."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": _memory_gib(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch_threads": torch.get_num_threads(),

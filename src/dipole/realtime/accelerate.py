@@ -152,7 +152,7 @@ class Search:
 
     def _note_load(self) -> None:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        cores = os.cpu_count() or 1
+        cores = os.cpu_count() or 1  # all there are, as the load counts what runs on any of them
         note = f"the machine was busy while candidates were timed (load {load:.0f} on {cores} cores): time them again"
         if load > cores and not any(line.startswith("the machine was busy") for line in self.notes):
             self.notes.append(note)

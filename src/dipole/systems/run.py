@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dipole import __version__
+from dipole.cores import usable_cores
 from dipole.errors import MissingExtraError
 from dipole.serialization import read_json, write_json
 
@@ -70,10 +70,10 @@ class Run:
 
         Args:
             jobs: `(name, config, compute)` as for `part`; `compute` a module's function or a `partial` of one.
-            workers: Processes; default one per core. What runs in them does not depend on their number. With one, the
-                parts are computed here, one after the other.
+            workers: Processes; default one per core that this process may use. What runs in them does not depend on
+                their number. With one, the parts are computed here, one after the other.
         """
-        workers = workers or os.cpu_count() or 1
+        workers = workers or usable_cores()
         if workers == 1:
             return [self.part(*job) for job in jobs]
         results: dict[int, Any] = {}

@@ -180,3 +180,70 @@ def test_a_client_that_gave_up_is_left_out():
         return pieces.sizes
 
     assert asyncio.run(scenario()) == [1, 1]
+
+
+def test_a_quick_policy_is_called_in_the_loop_for_a_lone_session_only():
+    threads, sessions, pause = [], [1], [0.0]
+
+    class Watched(Pieces):
+        def call(self, rows):
+            threads.append(threading.current_thread())
+            time.sleep(pause[0])
+            return super().call(rows)
+
+    # The limit is far above what the calls take on any machine, and far below the slow one.
+    pieces = Watched(quick_s=1.0, alone=lambda: sessions[0] == 1)
+    assert asyncio.run(pieces.ask([0] * 4))[0] == [0] * 4  # together: they queue
+
+    async def scenario():
+        here, task = threading.current_thread(), asyncio.create_task(pieces.batcher.run())
+
+        async def in_loop():
+            threads.clear()
+            assert await pieces.batcher.submit(row(pieces.model, 7)) == 7
+            return threads == [here]
+
+        pieces.batcher._arrival = asyncio.Event()
+        first = [await in_loop() for _ in range(30)]
+        assert first == sorted(first)  # the worker's thread until enough calls are known
+        assert not any(first[:15])
+        assert all(first[-5:])
+        sessions[0] = 2
+        assert not await in_loop()
+        sessions[0] = 1
+        assert await in_loop()
+        pause[0] = 1.1
+        assert await in_loop()  # nobody could know
+        pause[0] = 0.0
+        assert not await in_loop()  # the slow one is remembered
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_call_in_the_loop_that_breaks_is_told_and_the_next_goes_on():
+    pieces = Pieces(quick_s=1.0, alone=lambda: True)
+
+    async def scenario():
+        task = asyncio.create_task(pieces.batcher.run())
+        for _ in range(25):
+            await pieces.batcher.submit(row(pieces.model, 1))
+        good, pieces.batcher._call = pieces.batcher._call, lambda rows: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            await pieces.batcher.submit(row(pieces.model, 1))
+        assert pieces.batcher.busy_since is None
+        pieces.batcher._call = good
+        assert await pieces.batcher.submit(row(pieces.model, 3)) == 3
+        task.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_replies_are_the_same_in_the_loop_and_in_the_worker():
+    def replies(quick_ms):
+        store, config = ModelStore([from_policy("m", real_policy())]), ServiceConfig(quick_ms=quick_ms)
+        with serving(store, config) as server, PolicyClient(server.url) as client:
+            client.reset(seed=3)
+            return np.stack([client.infer(vector(0.1, k / 30)).actions for k in range(30)])
+
+    np.testing.assert_array_equal(replies(1e6), replies(0.0))

@@ -57,6 +57,9 @@ class Args:
     """Most robots answered by one call of the policy."""
     latency_budget: float = 5.0
     """Longest wait, in ms, for other robots' requests before a call; a lone robot never waits."""
+    quick: float = 10.0
+    """With one robot, a policy that lately answered within so many ms is called without a thread of its own; pages and
+    new robots wait meanwhile. 0: never."""
     block: int = 0
     """Pad every call to this many rows: replies are then the same to the digit whoever else asks. 0: no padding."""
     max_sessions: int = 64
@@ -131,7 +134,14 @@ def _config(args: Args) -> ServiceConfig:
         burst=max(2, int(2 * args.rate)),
         request_timeout_s=args.timeout,
     )
-    return ServiceConfig(limits, args.max_batch, args.latency_budget, args.block, _table(args.metadata))
+    return ServiceConfig(
+        limits=limits,
+        max_batch=args.max_batch,
+        latency_budget_ms=args.latency_budget,
+        block=args.block,
+        quick_ms=args.quick,
+        metadata=_table(args.metadata),
+    )
 
 
 def _store(args: Args) -> ModelStore:

@@ -2,6 +2,9 @@
 
 While a call runs, requests gather. When the worker is free, the batcher goes at once if every session that has been
 active lately is waiting, else it waits for the others, but never longer than the budget. So a lone client pays nothing.
+
+The worker is a thread, lest a call keep the event loop from everybody else. With one session there is nobody else, and
+a policy that has lately been quick is called in the loop itself: waking two threads costs more than its call.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from dipole.serving.inference import Row
 from dipole.serving.protocol import Refusal
 
 Call = Callable[[Sequence[Row]], list[Any]]
+
+_LATELY = 20  # calls that must all have been quick
 
 
 @dataclass(eq=False)
@@ -54,7 +59,9 @@ class Batcher:
         max_batch: int,
         budget_s: float,
         capacity: int,
+        quick_s: float = 0.0,
         others: Callable[[], int] = lambda: 1,
+        alone: Callable[[], bool] = lambda: False,
         observe: Callable[[int, float], None] = lambda rows, seconds: None,
     ) -> None:
         """Make a batcher; `run` must be started as a task.
@@ -65,14 +72,17 @@ class Batcher:
             max_batch: Most rows per call.
             budget_s: Longest wait for other clients.
             capacity: Most requests that may wait.
+            quick_s: Longest call that may be made in the event loop.
             others: Returns how many sessions may be about to ask.
+            alone: Returns whether the server has no more than one session, so that nobody else can be kept waiting.
             observe: Told the size and duration of each call.
         """
         self._call, self._executor = call, executor
         self._max_batch, self._budget, self._capacity = max_batch, budget_s, capacity
-        self._others, self._observe = others, observe
+        self._quick, self._others, self._alone, self._observe = quick_s, others, alone, observe
         self._arrival = asyncio.Event()
         self._call_s = 0.05  # moving average of a call's duration, for the advice given with `busy`
+        self._latest: deque[float] = deque(maxlen=_LATELY)  # durations
         self.queue: deque[Pending] = deque()
         self.busy_since: float | None = None
 
@@ -85,17 +95,35 @@ class Batcher:
         if len(self.queue) >= self._capacity:
             calls = 1 + len(self.queue) / self._max_batch
             raise Refusal("busy", "too many requests are waiting: try again later", 1000 * calls * self._call_s)
+        if self._may_call_here():
+            result = self._call_here(row)
+        else:
+            result = await self._wait_for_worker(row, deadline)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _may_call_here(self) -> bool:
+        free = self.busy_since is None and not self.queue
+        return free and len(self._latest) == _LATELY and max(self._latest) <= self._quick and self._alone()
+
+    def _call_here(self, row: Row) -> Any:
+        """Call in the event loop, which does nothing else meanwhile."""
+        self.busy_since = time.monotonic()
+        try:
+            return self._call([row])[0]
+        finally:
+            self._count(1)
+
+    async def _wait_for_worker(self, row: Row, deadline: float | None) -> Any:
         pending = Pending(row, asyncio.get_running_loop().create_future(), time.monotonic(), deadline)
         self.queue.append(pending)
         self._arrival.set()
         try:
-            result = await pending.future
+            return await pending.future
         finally:
             if not pending.future.done() or pending.future.cancelled():
                 self._forget(pending)
-        if isinstance(result, Exception):
-            raise result
-        return result
 
     def _forget(self, pending: Pending) -> None:
         if pending in self.queue:
@@ -125,11 +153,16 @@ class Batcher:
         with contextlib.suppress(RuntimeError):  # a loop that was closed meanwhile has nobody left to answer
             loop.call_soon_threadsafe(self._give_out, batch, results, answered)
 
-    def _give_out(self, batch: Sequence[Pending], results: list[Any], answered: asyncio.Future[None]) -> None:
+    def _count(self, rows: int) -> None:
+        """Count a call that has ended."""
         duration = time.monotonic() - (self.busy_since or time.monotonic())
         self.busy_since = None
         self._call_s += 0.2 * (duration - self._call_s)
-        self._observe(len(batch), duration)
+        self._latest.append(duration)
+        self._observe(rows, duration)
+
+    def _give_out(self, batch: Sequence[Pending], results: list[Any], answered: asyncio.Future[None]) -> None:
+        self._count(len(batch))
         for one, result in zip(batch, results, strict=True):
             if not one.future.done():
                 one.future.set_result(result)

@@ -4,7 +4,7 @@
     async with server:            # or: await server.run() until SIGTERM
         ...
 
-The event loop never computes: policies are called in the service's worker thread.
+The event loop computes for nobody but a lone client of a quick policy; else policies are called in a worker thread.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ Opened = tuple[Session, bool, Any]
 
 
 class Service:
-    """The models, the sessions and the one worker thread that calls policies.
+    """The models, the sessions and the one worker thread that calls policies (see `batching` for when it is spared).
 
     Attributes:
         store: The models.
@@ -73,7 +73,9 @@ class Service:
             max_batch=self.config.block or self.config.max_batch,
             budget_s=self.config.latency_budget_ms / 1000,
             capacity=self.limits.queue,
+            quick_s=self.config.quick_ms / 1000,
             others=lambda: self.sessions.active(name),
+            alone=lambda: len(self.sessions) == 1,
             observe=lambda rows, seconds: self.metrics.called(name, rows, seconds),
         )
 

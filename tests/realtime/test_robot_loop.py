@@ -190,6 +190,38 @@ def test_a_tick_without_an_action_breaks_the_monitors_trace(monkeypatch):
     assert [None if action is None else float(action[0]) for action in sent] == [2, 2, None, 2, 2, 0]
 
 
+def steps(driven, *seen):
+    """Return what is sent at ticks, given as (tick, observation)."""
+    return [float(driven.step({"observation.state": np.array([state])}, tick).action[0]) for tick, state in seen]
+
+
+def test_missed_ticks_count_for_the_monitor_with_the_action_that_was_in_force():
+    low = Predicate((("action[0]", 1.0),), 1.0, False)
+    guard = OutputGuard(Limits(hold=(0.0,)), STLMonitor([Rule("rest", Within(low, (0, 2), False))]))
+    driven = loop(guard=guard, infer=lambda job: np.full((4, 1), 2.0))
+    # Every third tick must rest: at 2 it is the third, although nothing was sent at 1.
+    assert steps(driven, (0, 0.0), (2, 0.0)) == [2, 0]
+    assert guard.counts == {"monitor": 1, "refused": 1}
+    driven.reset()
+    # At 3 it is too late: 0, 1 and 2 broke the rule already, which is counted, but there was nothing to refuse.
+    assert steps(driven, (0, 0.0), (3, 0.0)) == [2, 0]
+    assert guard.counts == {"monitor": 1 + 2, "refused": 1 + 1}
+    driven.reset()
+    assert steps(driven, (5, 0.0), (6, 0.0)) == [2, 2]  # nothing is missing before an episode's first tick
+
+
+def test_missed_ticks_count_for_the_monitor_with_the_observation_before_them():
+    near = Predicate((("observation.state[0]", 1.0),), 5.0, False)
+    guard = OutputGuard(Limits(on_monitor="report"), STLMonitor([Rule("near", Within(near, (0, 1), False))]))
+    # Of two ticks in a row one must be near: 0, [0, 0,] 9, 0 is, 0, [0, 0,] 9, 9 is not, nor is 9, [9, 9,] 0.
+    assert steps(loop(guard=guard), (0, 0.0), (3, 9.0), (4, 0.0)) == [0, 0.1875, 4]
+    assert guard.counts == {"refused": 0}
+    steps(loop(guard=guard), (0, 0.0), (3, 9.0), (4, 9.0))
+    assert guard.counts["monitor"] == 1
+    steps(loop(guard=guard), (0, 9.0), (3, 0.0))
+    assert guard.counts["monitor"] == 1 + 2
+
+
 def test_answers_of_the_last_episode_are_ignored():
     driven = loop(delay=lambda: 0.25)
     driven.step({"observation.state": np.zeros(1)}, 0)

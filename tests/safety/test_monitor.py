@@ -111,8 +111,29 @@ def test_refusing_replaces_the_whole_chunk():
     assert found[0].response == "refuse"
 
 
+@settings(max_examples=100, deadline=None)
+@given(formulas.map(renamed), st.lists(st.tuples(values, values, st.integers(0, 3)), min_size=1, max_size=6))
+def test_missed_ticks_are_ticks_at_which_the_last_action_was_in_force(formula, ticks):
+    guard = OutputGuard(Limits(on_monitor="report"), STLMonitor([Rule("r", formula)]))
+    past = None
+    for action, state, missed in ticks:
+        sent, seen = np.array([0.0, action]), {STATE: np.array([[state]])}
+        guard.check(sent[None, None], None, {STATE: seen[STATE][None]}, [past])
+        past = guard.remember(past, sent[None], seen)
+        if missed:
+            past = guard.held(past, sent, missed, seen)
+    counts = [1 + missed for _, _, missed in ticks]
+    trace = {
+        "action[1]": np.repeat([action for action, _, _ in ticks], counts),
+        f"{STATE}[0]": np.repeat([state for _, state, _ in ticks], counts),
+    }
+    assert guard.counts.get("monitor", 0) == int((formula.robustness(trace) < 0).sum())
+    assert guard.counts["refused"] == 0
+
+
 def test_without_a_monitor_nothing_is_remembered():
     assert OutputGuard(Limits()).remember(None, np.zeros((2, 1))) is None
+    assert OutputGuard(Limits()).held(None, np.zeros(1), 2) is None
 
 
 def test_signals_that_do_not_exist_are_reported():

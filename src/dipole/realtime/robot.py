@@ -52,6 +52,9 @@ class Guard(Protocol):
     def remember(self, past: Any, actions: np.ndarray, obs: Mapping[str, Any] | None = None) -> Any:
         """Return the `past` of the next check."""
 
+    def held(self, past: Any, action: np.ndarray, ticks: int, obs: Mapping[str, Any] | None = None) -> Any:
+        """Return the `past` of the next check after missed ticks at which `action` `[Da]` was still in force."""
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -132,6 +135,7 @@ class RobotLoop:
         self._history: deque[Mapping[str, np.ndarray]] = deque(maxlen=self.config.obs_horizon)
         self._sent: np.ndarray | None = None
         self._past: Any = None  # what the guard's monitor is told of the ticks before
+        self._before: tuple[int, Mapping[str, np.ndarray]] | None = None  # the last tick, and what was observed then
 
     def step(self, obs: Mapping[str, np.ndarray], tick: int) -> Command:
         """Return what to do at a tick; never waits for the worker.
@@ -142,7 +146,9 @@ class RobotLoop:
         """
         for answer in self.worker.poll():
             self._take(answer, tick)
+        self._fill(tick)
         self._history.append({key: np.array(value) for key, value in obs.items()})
+        self._before = tick, self._history[-1]
         if self.controller.watchdog.state != "stopped" and self.controller.wants(tick):
             self._ask(tick)
             for answer in self.worker.poll():  # a worker without delay has answered already
@@ -211,6 +217,17 @@ class RobotLoop:
         self.last_error = error
         self.controller.fail(answer.job.request)
 
+    def _fill(self, tick: int) -> None:
+        """Tell the guard what the robot did at the ticks missed since the last one: it went on with what it was sent.
+
+        A monitor counts time in ticks: without these, its windows would last longer than its rules say.
+        """
+        if self.guard is None or self._past is None or self._sent is None or self._before is None:
+            return
+        last, seen = self._before
+        if tick > last + 1:
+            self._past = self.guard.held(self._past, self._sent, tick - last - 1, _framed(seen))
+
     def _guarded(self, action: np.ndarray, obs: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """Return what may be sent; None where the guard refuses and knows nothing better.
 
@@ -219,7 +236,7 @@ class RobotLoop:
         if self.guard is None:
             return action
         previous = None if self._sent is None else self._sent[None]
-        frame = {key: np.asarray(value)[None] for key, value in obs.items()}
+        frame = _framed(obs)
         rows = {key: value[None] for key, value in frame.items()}
         try:
             safe, _ = self.guard.check(action[None, None], previous, rows, [self._past])
@@ -229,3 +246,8 @@ class RobotLoop:
         checked: np.ndarray = safe[0, 0]
         self._past = self.guard.remember(self._past, safe[0], frame)
         return checked
+
+
+def _framed(obs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return an observation as a history of one frame, `[1, ...]` each."""
+    return {key: np.asarray(value)[None] for key, value in obs.items()}

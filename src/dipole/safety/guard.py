@@ -120,6 +120,24 @@ class OutputGuard:
         """
         return None if self.monitor is None else self.monitor.remember(past, actions, obs)
 
+    def held(self, past: Any, action: np.ndarray, ticks: int, obs: Mapping[str, Any] | None = None) -> Any:
+        """Return the `past` of a robot's next check after ticks that were missed.
+
+        The robot went on with what it was sent last. Rules that this broke are counted; nothing can be held any more.
+
+        Args:
+            past: What was returned last.
+            action: `[Da]`, what was sent last.
+            ticks: How many were missed.
+            obs: What the policy saw last, `[To, ...]` each.
+        """
+        if self.monitor is None:
+            return None
+        actions = np.repeat(action[None], ticks, axis=0)
+        rows = {key: np.asarray(value)[None] for key, value in (obs or {}).items()}
+        self._count([_answered(found, "report") for found in self.monitor.check(actions[None], rows, [past])])
+        return self.monitor.remember(past, actions, obs)
+
     def _check_shapes(self, chunk: np.ndarray, previous: np.ndarray | None) -> None:
         if chunk.ndim != 3 or 0 in chunk.shape or chunk.dtype.kind != "f":
             raise DipoleError(f"a chunk must be floats [B, Ta, Da], got {chunk.dtype} {list(chunk.shape)}")

@@ -9,7 +9,7 @@ from dipole.data import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.policies import DiffusionPolicy, PolicyConfig, save_policy
 from dipole.realtime import load, read_runtime
-from dipole.realtime.block_schedule import load_calibration
+from dipole.realtime.block_calibration import load_calibration
 
 ENV = "micro/fork2d"
 SMALL = ("--env", ENV, "--episodes", "16", "--max-steps", "12", "--backends", "packed")

@@ -31,7 +31,8 @@ from dipole.policies import (
 )
 from dipole.realtime import load
 from dipole.realtime.backends import prepare
-from dipole.realtime.block_schedule import ScheduleOptions, calibrate, make_schedule
+from dipole.realtime.block_calibration import calibrate
+from dipole.realtime.block_schedule import ScheduleOptions, make_schedule
 from dipole.realtime.runtime import METHODS, Runtime, write_runtime
 from dipole.rl.finetune import finetune
 from dipole.rl.methods import make_config

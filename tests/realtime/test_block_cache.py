@@ -15,14 +15,13 @@ from dipole.policies.config import ObjectiveConfig, ProcessConfig
 from dipole.realtime import Runtime, apply, load, write_runtime
 from dipole.realtime.backends import with_network
 from dipole.realtime.block_cache import BlockCacheConfig, BlockCachePolicy, CachedNetwork
+from dipole.realtime.block_calibration import calibrate, load_calibration
 from dipole.realtime.block_schedule import (
     ScheduleOptions,
     adaptive,
     bubbling_union,
-    calibrate,
     cut,
     feed_forward,
-    load_calibration,
     make_schedule,
     options_table,
     segment_values,

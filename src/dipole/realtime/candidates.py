@@ -21,7 +21,8 @@ from dipole.policies.checkpoint import load_policy
 from dipole.policies.config import SamplerConfig
 from dipole.realtime.backends import faster_backends
 from dipole.realtime.block_cache import cacheable
-from dipole.realtime.block_schedule import ScheduleOptions, calibrate, make_schedule, options_table
+from dipole.realtime.block_calibration import calibrate
+from dipole.realtime.block_schedule import ScheduleOptions, make_schedule, options_table
 from dipole.realtime.runtime import Runtime, apply, default_runtime
 
 REFERENCE = "as trained"

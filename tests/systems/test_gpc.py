@@ -22,7 +22,7 @@ def test_small_experiment_runs(tmp_path, monkeypatch, one_worker):
     monkeypatch.setattr(gpc, "TRAINING", {**gpc.TRAINING, "steps": 2, "batch_size": 8})
     monkeypatch.setattr(gpc, "SEARCH", WeightSearch(2, 2, 2))
     report = reproduce("gpc", "small", tmp_path)
-    assert len(report.claims) == 7
+    assert len(report.claims) == 8
 
 
 @pytest.mark.parametrize(("cls", "values"), [(gpc.AveragedActions, {0.5}), (gpc.RandomParent, {0.0, 1.0})])

@@ -2,8 +2,10 @@
 
 Source: Cao et al., "Compose Your Policies! Improving Diffusion-based or Flow-based Robot Policies via Test-time
 Distribution-level Composition" (arXiv 2510.01068). In `micro/fork2d` demonstrations pass a disc on either side: the
-mean of two good actions hits it, the mean of two good scores does not. One parent is a diffusion policy, the other a
-flow; each sees a half of few demonstrations.
+mean of two good actions hits it, the mean of two good scores does not. Each parent sees its own half of few
+demonstrations. The parents of the claims are alike, two diffusion policies, as in the paper's tables and in the spec's
+surrogate: equal faults, found independently. A diffusion policy and a flow, composed at equal log-SNR, are the other
+pair; with so few updates the flow is far ahead, where the paper expects no gain.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ NETWORK = MLPConfig(width=128, num_blocks=2, context_width=64)
 TRAINING: dict[str, Any] = {"steps": 1500, "batch_size": 64, "lr": 1e-3, "ema_decay": 0.995, "precision": "fp32"}
 SAMPLER = SamplerConfig("ddim", 10, clip=1.0)
 SEARCH = WeightSearch(divisions=10, first=50, rounds=3)
-PROCESSES = (ProcessConfig("vp-cosine", num_steps=100), ProcessConfig("flow"))
+DIFFUSION, FLOW = ProcessConfig("vp-cosine", num_steps=100), ProcessConfig("flow")
+# Chosen by what the parents can do alone: a diffusion policy reaches 0.74 to 0.81, a flow 0.99 and leaves no room.
+PAIRS = {"alike": (DIFFUSION, DIFFUSION), "mixed": (DIFFUSION, FLOW)}
 
 
 class _Parents(nn.Module):
@@ -102,14 +106,14 @@ class RandomParent(_Parents):
         return torch.where(heads, first, second), state
 
 
-def train_parents(seed: int) -> list[Any]:
-    """Return a diffusion and a flow policy, each trained on its own half of the demonstrations.
+def train_parents(pair: str, seed: int) -> list[Any]:
+    """Return the two policies of `PAIRS`, each trained on its own half of the demonstrations.
 
     Normalised with the statistics of all of them: parents in different units cannot be composed.
     """
     episodes = collect(ENV, 2 * DEMONSTRATIONS, seed=COLLECT_SEED + 1000 * seed)
     parents = []
-    for k, process in enumerate(PROCESSES):
+    for k, process in enumerate(PAIRS[pair]):
         torch.manual_seed(10 * seed + k)
         config = make_config(
             episodes,
@@ -125,9 +129,9 @@ def train_parents(seed: int) -> list[Any]:
     return parents
 
 
-def experiment(seed: int) -> dict[str, Any]:
+def experiment(pair: str, seed: int) -> dict[str, Any]:
     """Train two parents, search the weights, and let everybody drive on episodes the search never saw."""
-    parents = train_parents(seed)
+    parents = train_parents(pair, seed)
     policy = compose(parents, sampler=SAMPLER)
     env = make(ENV, num_envs=SEARCH.first)
     try:
@@ -154,21 +158,27 @@ def experiment(seed: int) -> dict[str, Any]:
 
 
 def small(run: Run) -> list[Claim]:
-    """Compose three pairs of parents."""
-    config = {"demonstrations": DEMONSTRATIONS, "training": TRAINING, "search": to_dict(SEARCH), "episodes": EPISODES}
-    parts = run.parts([(f"seed-{seed}", {**config, "seed": seed}, partial(experiment, seed)) for seed in SEEDS])
+    """Compose three pairs of parents that are alike, and three that are not."""
+    settings = {"demonstrations": DEMONSTRATIONS, "training": TRAINING, "search": to_dict(SEARCH), "episodes": EPISODES}
+    found = run.grid(tuple(PAIRS), SEEDS, settings, experiment)
+    for pair, parts in found.items():
+        with run.plot(f"search-{pair}") as axes:
+            for seed, part in zip(SEEDS, parts, strict=True):
+                axes.plot(*zip(*part["curve"], strict=True), ".-", label=f"seed {seed}")
+            axes.set_xlabel("weight of the first parent")
+            axes.set_ylabel("success (validation)")
+            axes.legend()
+    return _alike(found["alike"]) + _mixed(found["mixed"])
 
-    def values(name: str) -> list[float]:
-        return [part[name] for part in parts]
 
-    with run.plot("search") as axes:
-        for seed, part in zip(SEEDS, parts, strict=True):
-            axes.plot(*zip(*part["curve"], strict=True), ".-", label=f"seed {seed}")
-        axes.set_xlabel("weight of the diffusion parent")
-        axes.set_ylabel("success (validation)")
-        axes.legend()
+def _values(parts: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [part[name] for part in parts]
+
+
+def _alike(parts: Sequence[dict[str, Any]]) -> list[Claim]:
+    values = partial(_values, parts)
     best = [max(part["alone"]) for part in parts]
-    found = "weights of the diffusion parent " + ", ".join(f"{weight:g}" for weight in values("weight"))
+    weights = "weights of the first parent " + ", ".join(f"{weight:g}" for weight in values("weight"))
     composed = rate(values("composed"))
     return [
         Claim(
@@ -177,7 +187,7 @@ def small(run: Run) -> list[Claim]:
             composed,
             rate(values("validated")),
             Margin("difference", low=0.02),
-            f"{found}; {EPISODES} held-out episodes; {listed(values('composed'))}",
+            f"{weights}; {EPISODES} held-out episodes; {listed(values('composed'))}",
         ),
         Claim(
             "composition against the better parent in hindsight",
@@ -199,6 +209,23 @@ def small(run: Run) -> list[Claim]:
         Claim("even weights, no search", "", rate(values("even")), rate(values("validated")), None),
         Claim("AND of both", "", rate(values("and")), composed, None, "baseline: convex; one probe, 10 steps"),
         Claim("OR of both", "", rate(values("or")), composed, None, "baseline: convex; one probe, 10 steps"),
+    ]
+
+
+def _mixed(parts: Sequence[dict[str, Any]]) -> list[Claim]:
+    """A diffusion parent far behind a flow."""
+    first, second = ([part["alone"][i] for part in parts] for i in range(2))
+    weights = "weights of the diffusion parent " + ", ".join(f"{weight:g}" for weight in _values(parts, "weight"))
+    parents = f"parents alone {rate(first).value:.3f} (diffusion) and {rate(second).value:.3f} (flow)"
+    return [
+        Claim(
+            "diffusion and flow, one far behind: composition against the parent chosen by validation",
+            "no gain (finding 2)",
+            rate(_values(parts, "composed")),
+            rate(_values(parts, "validated")),
+            None,
+            f"{weights}; {parents}",
+        )
     ]
 
 

@@ -18,9 +18,8 @@ import torch
 
 from dipole.data import Episodes, Windows
 from dipole.data.fast_windows import FastWindows
-from dipole.envs import collect, make
+from dipole.envs import collect
 from dipole.envs.seeds import COLLECT_SEED
-from dipole.evaluation.episode import Rollouts
 from dipole.networks.action_codec import CodecConfig
 from dipole.policies import SamplerConfig
 from dipole.policies.diffusion_policy import DiffusionPolicy
@@ -32,6 +31,7 @@ from dipole.systems.card import Card, Claim, Margin, Measure, Source
 from dipole.systems.experiment import listed, over_seeds, play, rate, train
 from dipole.systems.rdp_baselines import Chunked, with_action_horizon
 from dipole.systems.rdp_checks import exact_checks
+from dipole.systems.rdp_scores import FORCE, band, shares
 from dipole.systems.run import Run
 from dipole.training.config import TrainConfig
 
@@ -54,7 +54,7 @@ CARD = Card(
 )
 
 ENV = "micro/wipe"
-STATE, FORCE = "observation.state", "observation.force"
+STATE = "observation.state"
 SEEDS = (0, 1, 2)
 DEMONSTRATIONS = 200
 EPISODES = {ENV: 100, "contact/Wipe": 40}  # the second is a simulator
@@ -113,36 +113,6 @@ def train_dp(env: str, seed: int) -> DiffusionPolicy:
     windows = Windows(episodes, (STATE, FORCE), "action", OBS_HORIZON, config.pred_horizon, PERIOD)
     trained: DiffusionPolicy = train(policy, windows, TrainConfig(seed=seed, steps=CODEC_STEPS + STEPS, **TRAINING))
     return trained
-
-
-def shares(rollouts: Rollouts, env_name: str) -> dict[str, float]:
-    """Return the share of ticks with the right force, before and after the surface shifts."""
-    env = make(env_name, 1)
-    before, after = [], []
-    for episode in rollouts.episodes:
-        env.reset([0], [episode.seed])
-        tick = _shift_tick(env)
-        assert episode.trajectory is not None
-        low, high = _band(env_name)
-        force = episode.trajectory.observations[FORCE][1:, 0]
-        fine = (force >= low) & (force <= high)
-        clock = np.arange(1, len(fine) + 1)
-        before.append(fine[clock < tick].mean())
-        after.append(fine[clock >= tick].mean())
-    env.close()
-    return {"before": float(np.mean(before)), "after": float(np.mean(after))}
-
-
-def _shift_tick(env: Any) -> int:
-    return int(env.state([0])["tick"][0]) if hasattr(env, "state") else int(env.envs[0].shift_tick)
-
-
-def _band(env_name: str) -> tuple[float, float]:
-    if env_name == "micro/wipe":
-        from dipole.envs.micro.wipe import BAND
-    else:
-        from dipole.envs.adapters.contact import BAND
-    return BAND
 
 
 def judge(policy: Any, env: str) -> dict[str, float]:
@@ -214,7 +184,7 @@ def small(run: Run, env: str = ENV, options: dict[str, Any] | None = None) -> li
 def expert_shares(env: str) -> dict[str, float]:
     """Return the demonstrator's own scores, which bound what imitation can reach."""
     episodes = demonstrations(env, 0, DEMONSTRATIONS)
-    low, high = _band(env)
+    low, high = band(env)
     force = episodes.columns[FORCE][:, 0]
     return {"all": float(((force >= low) & (force <= high)).mean())}
 

@@ -14,7 +14,8 @@ from dipole.policies import DiffusionPolicy, SamplerConfig, load_policy, make_co
 from dipole.policies.beso import make_beso
 from dipole.policies.config import ObjectiveConfig, ProcessConfig
 from dipole.training import TrainConfig
-from dipole.training.distillation import DistillConfig, StudentPolicy, distill, grid, make_student
+from dipole.training.distillation import distill
+from dipole.training.student import DistillConfig, StudentPolicy, grid, make_student
 
 STATE = "observation.state"
 

@@ -72,7 +72,8 @@ def run(args: Args) -> None:
     from dipole.data import load
     from dipole.policies import load_policy
     from dipole.training import TrainConfig
-    from dipole.training.distillation import DistillConfig, distill, make_student
+    from dipole.training.distillation import distill
+    from dipole.training.student import DistillConfig, make_student
 
     options = DistillConfig(args.method, args.nfe, args.teacher_steps)
     teacher = load_policy(args.run)

@@ -27,6 +27,7 @@ _MODULES = (
     "diffusiondrive",
     "dppo",
     "dsrl",
+    "equal_calls",
     "expo",
     "find",
     "gpc",

@@ -64,8 +64,8 @@ def test_experiment_runs_and_resumes(monkeypatch, one_worker, tmp_path):
     for module, names in (
         (equal_calls_bases, {"TASKS": (task,), "REACH": reach, "SEEDS": (0, 1)}),
         (equal_calls, {"TASKS": (task,), "REACH": reach, "SEEDS": (0, 1), "EPISODES": 2}),
-        (equal_calls_ways, {"EPISODES": 2, "ROWS": 2}),
-        (equal_calls_bf16, {"EPISODES": 2, "ROWS": 2, "REACH": reach}),
+        (equal_calls_ways, {"EPISODES": 2, "OTHER_ROWS": 2}),
+        (equal_calls_bf16, {"EPISODES": 2, "REACH": reach}),
     ):
         for name, value in names.items():
             monkeypatch.setattr(module, name, value)

@@ -34,7 +34,6 @@ from dipole.systems.equal_calls_ways import (
     EPISODES,
     GROUPS,
     PAIRS,
-    ROWS,
     WAYS,
     Way,
     cached,
@@ -113,10 +112,10 @@ def _jobs(run: Run, task: Task, seed: int) -> list[Job]:
     for group, ways in GROUPS.items():
         kinds = sorted({way.kind for way in ways})
         folders = {kind: folder_of(run, task, kind, seed) for kind in kinds}
-        config = {"policies": [recipe(kind, task, seed) for kind in kinds], "episodes": EPISODES, "rows": ROWS}
+        config = {"policies": [recipe(kind, task, seed) for kind in kinds], "episodes": EPISODES}
         jobs.append((f"{task.name}-{group}-{seed}", config, partial(measure, group, task, seed, demos, folders)))
     if "transformer" in task.kinds:
-        config = {"policies": [recipe("transformer", task, seed)], "episodes": EPISODES, "rows": ROWS}
+        config = {"policies": [recipe("transformer", task, seed)], "episodes": EPISODES}
         folder = folder_of(run, task, "transformer", seed)
         jobs.append((f"{task.name}-cache-{seed}", config, partial(measure_cache, task, seed, demos, folder)))
     return jobs
@@ -202,7 +201,7 @@ def ci(run: Run) -> list[Claim]:
     kinds = sorted({way.kind for way in WAYS.values()} - {"student"})
     policies = {kind: untrained(kind, episodes, 0).eval() for kind in kinds}
     policies["student"] = make_student(policies["base"], STUDENT).eval()
-    runner, equal, cost = cached(policies["transformer"], episodes)
+    runner, equal, cost = cached(policies["transformer"], episodes, 1)
     plain = [way for way in WAYS.values() if way.runtime.method != "block-cache"]
     off = [_miscounted(way, policies[way.kind], task, episodes) for way in plain]
     obs = observations(runner, episodes, 1)
@@ -215,7 +214,7 @@ def ci(run: Run) -> list[Claim]:
             Measure(float(max(off))),
             None,
             zero,
-            "largest difference over the first three chunks of an episode; counted at the network",
+            "largest difference over the first two chunks of an episode; counted at the network",
         ),
         Claim(
             f"calls per env step of {len(PAIRS)} accelerators and of DDIM beside them",
@@ -239,16 +238,16 @@ def ci(run: Run) -> list[Claim]:
             Measure(abs(cost.cached(runner.options) / cost.call - equal)),
             None,
             Margin(high=0.5),
-            f"DDIM-{equal}; the cached network is entered {max(counted(runner, runner.network, obs))} times",
+            f"DDIM-{equal}; the cached network is entered {counted(runner, runner.network, obs, 1)[0]} times",
         ),
     ]
 
 
 def _miscounted(way: Way, policy: Any, task: Task, episodes: Episodes) -> int:
-    """Return by how much the counted network calls of three chunks differ from what the way says."""
+    """Return by how much the counted network calls of two chunks differ from what the way says."""
     runner = running(way, policy, task, episodes)
-    counts = counted(runner, policy.network, observations(policy, episodes, 1))
-    booked = [way.calls if way.first is None else way.first, way.calls, way.calls]
+    counts = counted(runner, policy.network, observations(policy, episodes, 1), 2)
+    booked = [way.calls if way.first is None else way.first, way.calls]
     return max(abs(a - b) for a, b in zip(counts, booked, strict=True))
 
 

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dipole.envs import make
 from dipole.evaluation.statistics import mcnemar, paired_difference
 from dipole.realtime import Runtime, apply
 from dipole.systems.card import Claim, Margin, Measure
 from dipole.systems.equal_calls_bases import REACH, demonstrations, policy_of
-from dipole.systems.equal_calls_ways import EPISODES, ROWS, observations, played
+from dipole.systems.equal_calls_ways import EPISODES, observations, played, simulators
 
 PRECISIONS = ("fp32", "bf16")
 PROBES = 32
@@ -26,7 +25,7 @@ def compare_precisions(demos: str, folder: str) -> dict[str, Any]:
     noise = torch.randn(PROBES, policy.pred_horizon, policy.action_dim, generator=torch.Generator().manual_seed(0))
     chunks = [packed[name].act(obs, {}, noise=noise)[0] for name in PRECISIONS]
     apart = (chunks[0] - chunks[1]).abs()
-    env = make(REACH.env, ROWS, **REACH.options)
+    env = simulators(REACH)
     try:
         scores = {name: played(packed[name], env, 0)["score"] for name in PRECISIONS}
     finally:

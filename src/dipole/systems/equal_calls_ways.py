@@ -28,7 +28,8 @@ from dipole.serialization import to_dict
 from dipole.systems.equal_calls_bases import TA, Task, demonstrations, policy_of
 
 EPISODES = 100
-ROWS = 20
+ROWS = {"pusht": 50}  # episodes side by side; a simulator of Meta-World takes longer to make than to play
+OTHER_ROWS = 20
 PIECES = 2  # h of the streaming policy
 CALIBRATION = 8
 CACHE = ScheduleOptions(budget=10, bubble=5)
@@ -128,10 +129,10 @@ def running(way: Way, policy: DiffusionPolicy, task: Task, episodes: Episodes) -
     return apply(policy, runtime)
 
 
-def cached(policy: DiffusionPolicy, episodes: Episodes) -> tuple[Any, int, Cost]:
+def cached(policy: DiffusionPolicy, episodes: Episodes, count: int = CALIBRATION) -> tuple[Any, int, Cost]:
     """Return a policy with its branches cached, DDIM's calls at equal multiplications, and what a chunk costs."""
     policy = policy.with_sampler(DDPM100)
-    obs = observations(policy, episodes, CALIBRATION)
+    obs = observations(policy, episodes, count)
     schedule = make_schedule(calibrate_cache(policy, obs), CACHE)
     cost = chunk_cost(policy, {key: value[:1] for key, value in obs.items()})
     runtime = replace(WAYS["transformer ddpm-100 cached"].runtime, options=options_table(schedule))
@@ -161,9 +162,14 @@ def counted(policy: Any, network: torch.nn.Module, obs: dict[str, Tensor], chunk
     return counts
 
 
+def simulators(task: Task) -> Any:
+    """Return the environments of a task that run side by side."""
+    return make(task.env, ROWS.get(task.env, OTHER_ROWS), **task.options)
+
+
 def played(policy: Any, env: Any, seed: int) -> dict[str, Any]:
     """Return the score of every episode of a block of seeds that belongs to the training seed, and its chunks."""
-    runs = rollout(policy, env, episode_seeds(first_seed(seed), EPISODES), block=ROWS)
+    runs = rollout(policy, env, episode_seeds(first_seed(seed), EPISODES), block=env.num_envs)
     score = runs.column("max_reward" if env.spec.score == "max_reward" else "success").astype(float)
     return {
         "score": score.tolist(),
@@ -175,7 +181,7 @@ def played(policy: Any, env: Any, seed: int) -> dict[str, Any]:
 def measure(group: str, task: Task, seed: int, demos: str, folders: dict[str, str]) -> dict[str, Any]:
     """Return, for each way of a group, its scores and its network calls per env step."""
     episodes, results = demonstrations(task, demos), {}
-    env = make(task.env, ROWS, **task.options)
+    env = simulators(task)
     try:
         for way in GROUPS[group]:
             policy = policy_of(folders[way.kind])
@@ -202,7 +208,7 @@ def measure_cache(task: Task, seed: int, demos: str, folder: str) -> dict[str, A
         "transformer ddpm-100 cached": (runner, cost.cached(schedule) / cost.call),
         f"transformer ddim-{equal}": (policy.with_sampler(ddim(equal)), float(equal)),
     }
-    env = make(task.env, ROWS, **task.options)
+    env = simulators(task)
     try:
         results = {}
         for name, (plan, calls) in plans.items():

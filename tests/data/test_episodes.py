@@ -3,6 +3,7 @@ import pytest
 from data_helpers import make_episodes
 
 from dipole.data import Episodes, Feature
+from dipole.data.features import single_precision
 from dipole.data.storage import MEMORY_LIMIT_VARIABLE
 from dipole.errors import DipoleError
 
@@ -167,3 +168,11 @@ def test_unknown_names_are_refused():
 def test_impossible_features_are_refused(dtype, shape, message):
     with pytest.raises(DipoleError, match=message):
         Feature(dtype, shape)
+
+
+def test_single_precision_leaves_all_but_float64_alone():
+    value = single_precision(np.array([0.1, 1e-50]))
+    assert value.dtype == np.float32
+    np.testing.assert_array_equal(value, np.array([0.1, 0.0], np.float32))
+    for kept in (np.zeros(2, np.uint8), np.zeros(2, np.int64), np.zeros(2, np.float16), np.array(["a"])):
+        assert single_precision(kept) is kept

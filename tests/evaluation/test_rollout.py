@@ -6,7 +6,7 @@ import torch
 
 from dipole.data import Feature
 from dipole.errors import DipoleError
-from dipole.evaluation.rollout import rollout
+from dipole.evaluation.rollout import first_observation, rollout
 
 SEEDS = range(100, 123)  # more than a block of 16, and no multiple of any number of rows below
 
@@ -187,3 +187,13 @@ def test_progress_hears_of_every_episode(toys):
     heard = []
     rollout(toys.Policy(), toys.Env(3), SEEDS, progress=heard.append)
     assert sorted(e.index for e in heard) == list(range(len(SEEDS)))
+
+
+def test_the_first_observation_is_what_a_policy_sees_at_the_start(toys):
+    policy, seen = toys.Policy(), []
+    act = policy.act
+    policy.act = lambda obs, state, **options: seen.append(obs) or act(obs, state, **options)
+    rollout(policy, toys.Env(1), [104], block=1)
+    (found,) = first_observation(policy, toys.Env(1), 104).values()
+    assert found.shape == (1, policy.obs_horizon, 3)
+    torch.testing.assert_close(found, seen[0]["observation.state"], rtol=0, atol=0)

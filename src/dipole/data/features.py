@@ -22,6 +22,14 @@ IMPLICIT = ("timestamp", "frame_index", "episode_index", "index")
 _NUMERIC_KINDS = "fiub"
 
 
+def single_precision(value: np.ndarray) -> np.ndarray:
+    """Return float64, in which simulators, robomimic and Minari count, as float32: networks have no other.
+
+    Arrays of other types are returned as they are.
+    """
+    return value.astype(np.float32) if value.dtype == np.float64 else value
+
+
 @dataclass(frozen=True)
 class Feature:
     """One column of a dataset.

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dipole.envs.spec import VectorEnv
 from dipole.evaluation.blocks import acting, device_of
-from dipole.evaluation.rollout import observation_keys
+from dipole.evaluation.rollout import first_observation
 from dipole.evaluation.seeds import policy_generator
 from dipole.serialization import write_json
 
@@ -30,13 +29,8 @@ def record_chain(policy: Any, env: VectorEnv, seed: int, samples: int = 24) -> d
         JSON-able: `levels` `[K+1]`, `samples` `[K+1][M][Tp][Da]` in physical units, `names` of the action's
         components, `seed`, `env`.
     """
-    first = env.reset([0], [seed])
-    shape = (samples, policy.obs_horizon)
-    obs = {}
-    for key in observation_keys(policy, env):
-        value = first[key][0]
-        value = value.astype(np.float32) if value.dtype == np.float64 else value
-        obs[key] = torch.from_numpy(np.broadcast_to(value, (*shape, *value.shape)).copy()).to(device_of(policy))
+    first = first_observation(policy, env, seed)
+    obs = {key: value.repeat_interleave(samples, 0).to(device_of(policy)) for key, value in first.items()}
     with acting(policy):
         levels, chain = policy.denoising_chain(obs, generator=policy_generator(seed, device_of(policy)))
     names = env.spec.action.names or tuple(f"action {i}" for i in range(chain.shape[-1]))

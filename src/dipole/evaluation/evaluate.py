@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from dipole.envs.seeds import EVAL_SEED
 from dipole.envs.spec import EnvSpec, Score, VectorEnv
@@ -26,7 +25,7 @@ from dipole.evaluation.describe import describe
 from dipole.evaluation.episode import Episode, Rollouts
 from dipole.evaluation.latency import count_network_calls, measure_latency
 from dipole.evaluation.machine import machine, versions
-from dipole.evaluation.rollout import Loop, observation_keys, rollout
+from dipole.evaluation.rollout import Loop, first_observation, rollout
 from dipole.evaluation.seeds import episode_seeds
 from dipole.evaluation.statistics import Estimate, bootstrap, wilson
 from dipole.evaluation.video import tile, write_mp4
@@ -224,16 +223,10 @@ def _measure(
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "latency": [],
     }
-    first = env.reset([0], [seed])
-    obs = {key: _repeated(first[key], policy.obs_horizon) for key in observation_keys(policy, env)}
+    obs = first_observation(policy, env, seed)
     if calls:
         timing["latency"] = [asdict(latency) for latency in measure_latency(policy, obs, calls=calls)]
     return timing, count_network_calls(policy, obs)
-
-
-def _repeated(value: np.ndarray, obs_horizon: int) -> torch.Tensor:
-    value = value.astype(np.float32) if value.dtype == np.float64 else value
-    return torch.from_numpy(np.repeat(value[:, None], obs_horizon, axis=1))
 
 
 def _columns(runs: Rollouts, score: Score) -> dict[str, list[Any]]:

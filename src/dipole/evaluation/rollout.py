@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from dipole.data.features import single_precision
 from dipole.envs.spec import EnvSpec, StepResult, VectorEnv
 from dipole.errors import DipoleError
 from dipole.evaluation.blocks import BlockCaller, acting, device_of
@@ -131,7 +132,7 @@ class Runner:
             self.active[row] = Live(index, self.seeds[index], policy_generator(self.seeds[index], self.device))
         obs = self.env.reset(rows, [self.active[row].seed for row in rows])
         for key in self.keys:
-            value = _numeric(obs[key])
+            value = single_precision(obs[key])
             if key not in self.history:
                 shape = (self.env.num_envs, self.policy.obs_horizon, *value.shape[1:])
                 self.history[key] = np.zeros(shape, value.dtype)
@@ -161,7 +162,7 @@ class Runner:
         """Append the newest observation of each row to its history."""
         for key, history in self.history.items():
             history[rows, :-1] = history[rows, 1:]
-            history[rows, -1] = _numeric(obs[key])
+            history[rows, -1] = single_precision(obs[key])
 
     def _count(self, row: int, i: int, action: np.ndarray, result: StepResult) -> bool:
         """Book one environment step of a row; return whether its episode ended."""
@@ -261,8 +262,11 @@ def observation_keys(policy: Policy, env: VectorEnv) -> list[str]:
     return [key for key in wanted if spec.observation[key].dtype != "string"]
 
 
-def _numeric(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype == np.float64 else value
+def first_observation(policy: Policy, env: VectorEnv, seed: int) -> dict[str, torch.Tensor]:
+    """Return what a policy sees at the start of the episode of a seed, `[1, To, ...]` each."""
+    first = env.reset([0], [seed])
+    frames = {key: single_precision(first[key])[:, None] for key in observation_keys(policy, env)}
+    return {key: torch.from_numpy(np.repeat(frame, policy.obs_horizon, axis=1)) for key, frame in frames.items()}
 
 
 def check_chunk(chunk: np.ndarray, episode: Live, spec: EnvSpec) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dipole.data.features import single_precision
 from dipole.envs.spec import Observation, VectorEnv
 from dipole.errors import DipoleError
 from dipole.evaluation.blocks import BlockCaller, acting, device_of
@@ -86,8 +87,7 @@ class Teacher:
 
     def _picked(self, obs: Observation, i: int) -> dict[str, np.ndarray]:
         """Return what the policy sees of row `i` of `obs`, floats in single precision."""
-        picked = {key: obs[key][i] for key in self.keys}
-        return {key: v.astype(np.float32) if v.dtype == np.float64 else v for key, v in picked.items()}
+        return {key: single_precision(obs[key][i]) for key in self.keys}
 
 
 def load_teacher(path: str | Path, env: VectorEnv) -> Any:

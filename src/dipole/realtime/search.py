@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dipole import __version__
@@ -26,7 +25,7 @@ from dipole.evaluation.blocks import acting, device_of
 from dipole.evaluation.describe import digest
 from dipole.evaluation.episode import Episode
 from dipole.evaluation.latency import count_network_calls
-from dipole.evaluation.rollout import observation_keys, rollout
+from dipole.evaluation.rollout import first_observation, rollout
 from dipole.evaluation.seeds import episode_seeds, first_seed, policy_generator
 from dipole.policies.checkpoint import find_policy
 from dipole.realtime.candidates import Candidate, Workshop, calibration_observations, make_candidates
@@ -113,7 +112,7 @@ class Search:
         for entry in todo:
             try:
                 policy = self.workshop.build(entry.candidate)
-                ready.append((entry, Stopwatch(policy, self._observation(policy))))
+                ready.append((entry, Stopwatch(policy, first_observation(policy, self.env, self.seeds[0]))))
                 entry.nfe = count_network_calls(policy, ready[-1][1].obs)
                 entry.actions = int(policy.action_horizon)
             except DipoleError as error:
@@ -133,10 +132,6 @@ class Search:
         note = f"the machine was busy while candidates were timed (load {load:.0f} on {cores} cores): time them again"
         if load > cores and not any(line.startswith("the machine was busy") for line in self.notes):
             self.notes.append(note)
-
-    def _observation(self, policy: Any) -> dict[str, Tensor]:
-        first = self.env.reset([0], [self.seeds[0]])
-        return {key: _repeated(first[key], policy.obs_horizon) for key in observation_keys(policy, self.env)}
 
     def play(self, entries: Sequence[Entry], episodes: int) -> None:
         """Let candidates play until each has `episodes` episodes, kept after every block."""
@@ -203,8 +198,3 @@ class Stopwatch:
             chunk, self._state = self.policy.act(self.obs, self._state, generator=[self._generator])
             chunk.cpu()  # waits for the accelerator, as the robot does
             return 1000 * (time.perf_counter() - began)
-
-
-def _repeated(value: np.ndarray, obs_horizon: int) -> Tensor:
-    value = value.astype(np.float32) if value.dtype == np.float64 else value
-    return torch.from_numpy(np.repeat(value[:, None], obs_horizon, axis=1))

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from dipole.data.features import single_precision
 from dipole.envs.spec import EnvSpec, StepResult, VectorEnv
 from dipole.errors import DipoleError
 from dipole.rl.experience import Decide, Groups, Observer, Rollout, Row, stack
@@ -185,7 +186,7 @@ class Collector:
     def _reset(self, rows: Sequence[int]) -> None:
         obs = self._guard(lambda: self.env.reset(rows, [self._rows[row].seed for row in rows]))
         for key in self.keys:
-            value = _numeric(obs[key])
+            value = single_precision(obs[key])
             if key not in self._history:
                 self._history[key] = np.zeros((self.num_envs, self.obs_horizon, *value.shape[1:]), value.dtype)
             self._history[key][rows] = value[:, None]
@@ -193,7 +194,7 @@ class Collector:
     def _remember(self, rows: np.ndarray, obs: dict[str, np.ndarray]) -> None:
         for key, history in self._history.items():
             history[rows, :-1] = history[rows, 1:]
-            history[rows, -1] = _numeric(obs[key])
+            history[rows, -1] = single_precision(obs[key])
 
     def _look(self, rows: Sequence[int] | np.ndarray, begins: bool) -> Tensor:
         rows = [int(row) for row in rows]
@@ -295,7 +296,3 @@ class Collector:
 
 class _Died(Exception):
     """A worker or simulator failed."""
-
-
-def _numeric(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype == np.float64 else value

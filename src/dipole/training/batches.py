@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dipole.data.features import single_precision
 from dipole.errors import DipoleError
 from dipole.training.config import TrainConfig
 from dipole.training.seeding import derive
@@ -100,10 +101,7 @@ def to_tensors(batch: dict[str, np.ndarray], device: torch.device) -> dict[str, 
 
     float64, as robomimic and Minari keep numbers, becomes float32: networks have no other.
     """
-    tensors = {
-        key: torch.from_numpy(value.astype(np.float32) if value.dtype == np.float64 else value)
-        for key, value in batch.items()
-    }
+    tensors = {key: torch.from_numpy(single_precision(value)) for key, value in batch.items()}
     if device.type == "cpu":
         return tensors
     pin = device.type == "cuda"

@@ -8,7 +8,15 @@ from torch import nn
 
 from dipole.errors import DipoleError
 from dipole.rl.control import LQR, CartPole, Pendulum
-from dipole.rl.normalized_gradient import PRESETS, DirectedOptimizer, Track, advance, preset, sampling_point
+from dipole.rl.normalized_gradient import (
+    PRESETS,
+    DirectedOptimizer,
+    Track,
+    advance,
+    hessian_term,
+    preset,
+    sampling_point,
+)
 from dipole.rl.policy_search import Problem, search, slope_of
 from dipole.systems import gradient_checks as checks
 
@@ -19,6 +27,25 @@ def test_gradient_and_hessian_term_are_unbiased_on_lqr():
     slope, curve = checks.closed_form()
     assert torch.allclose(gradient, slope, atol=1e-10)
     assert torch.allclose(product, curve, atol=1e-10)
+
+
+def test_sampled_correction_is_the_difference_of_gradients():
+    """B v from trajectories sampled uniformly between two iterates carries the gradient from one to the other."""
+    problem, count = Problem(LQR(), horizon=2, gamma=0.95, bias=False, std=2.0), 50_000  # little noise in B v
+    track = Track(torch.tensor([[0.6, 0.8]]).double(), torch.tensor([[-0.6, -0.4]]).double(), torch.zeros(1, 2), 1)
+    random = torch.Generator().manual_seed(0)
+    q = torch.rand(count, 1, dtype=torch.float64, generator=random)
+    between = track.between(q).requires_grad_()
+    drawn = problem.sample(between, 1, random)
+    level = torch.tensor([[-2.0, -1.0]], dtype=torch.float64).expand(count, 2)
+    vector = track.displacement.expand(count, 2)
+    found = hessian_term(*problem.phi(between, drawn, level), [between], [vector])[0]
+    ends = (LQR().gradient(k, problem.std, problem.horizon, problem.gamma)[0] for k in (track.theta, track.previous))
+    wanted = next(ends) - next(ends)
+    error = found.std(0) / count**0.5
+    # four standard errors; the difference itself is many of them, so that a wrong sign or a missing term shows
+    assert ((found.mean(0) - wanted).abs() < 4 * error).all()
+    assert (wanted.abs() > 8 * error).any()
 
 
 def test_the_other_sign_is_far_from_the_hessian():

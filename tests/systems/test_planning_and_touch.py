@@ -75,7 +75,7 @@ def test_the_demonstrator_of_lanes_plans_without_fault():
 @pytest.fixture
 def tiny(monkeypatch, one_worker):
     """Experiments too small to show anything, that run every line."""
-    for name, value in {"SEEDS": (0, 1), "SCENES": 60, "HELD_OUT": 6, "DIVERSITY_SCENES": 2, "CALLS": 6}.items():
+    for name, value in {"SEEDS": (0, 1), "SCENES": 60, "HELD_OUT": 6, "CALLS": 6}.items():
         monkeypatch.setattr(diffusiondrive, name, value)
     monkeypatch.setattr(diffusiondrive, "TRAINING", {**diffusiondrive.TRAINING, "steps": 2, "batch_size": 8})
     for name, value in {"SEEDS": (0, 1), "DEMONSTRATIONS": 4, "CODEC_STEPS": 2, "STEPS": 2, "CALLS": 2}.items():

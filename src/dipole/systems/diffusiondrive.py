@@ -11,21 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dipole.data import Windows
-from dipole.data.poses import headings
-from dipole.envs import collect, make
-from dipole.envs.experts.expert import expert_rng
-from dipole.envs.micro.lanes import CAR, DT, EGO, LanesExpert, hits, legal_paths, off_road
-from dipole.envs.seeds import COLLECT_SEED
-from dipole.evaluation.driving import Drive, diversity, driving_score
-from dipole.evaluation.seeds import episode_seeds, first_seed
 from dipole.networks.cascade import CascadeConfig
 from dipole.policies import SamplerConfig
 from dipole.policies.diffusion_drive import DiffusionDrivePolicy, make_diffusion_drive
@@ -33,9 +24,16 @@ from dipole.serialization import to_dict
 from dipole.systems.card import Card, Claim, Margin, Measure, Source
 from dipole.systems.diffusiondrive_baseline import UNetPlanner
 from dipole.systems.diffusiondrive_checks import exact_checks
+from dipole.systems.diffusiondrive_scenes import (
+    DIVERSITY_SCENES,
+    Scenes,
+    held_out,
+    judge,
+    spread,
+    training_data,
+)
 from dipole.systems.experiment import listed, number_of_parameters, over_seeds, rate, train
 from dipole.systems.run import Run
-from dipole.training.batches import Subset
 from dipole.training.config import TrainConfig
 
 CARD = Card(
@@ -51,10 +49,8 @@ CARD = Card(
     spec_section="a4",
 )
 
-ENV = "micro/lanes"
-FEATURES = ("observation.state", "observation.scene")
 SEEDS = (0, 1, 2)
-SCENES, HELD_OUT, CANDIDATES, DIVERSITY_SCENES = 6000, 500, 20, 50
+SCENES, HELD_OUT, CANDIDATES = 6000, 500, 20
 NETWORK = CascadeConfig(
     width=64, stages=2, num_heads=4, feedforward=128, point_embed=16, agent_queries=8, bev_hidden=(16, 32)
 )
@@ -71,88 +67,7 @@ ABLATIONS = {"no view along the path": "bev_sampling", "no agents": "agent_atten
 CALLS = 40
 
 
-class Scenes(NamedTuple):
-    """Held-out scenes.
-
-    Attributes:
-        obs: Observations, each `[N, 1, ...]`.
-        demonstrated: `[N, 8, 2]` what the demonstrator did.
-        legal: `[N, 4, 8, 2]` all manoeuvres at the scene's speed, NaN for those that are not legal.
-        obstacles: `[N, 2, 2]` centres.
-        lanes: `[N, 3]` which lanes there are.
-        speed: `[N]` m/s.
-    """
-
-    obs: dict[str, Tensor]
-    demonstrated: np.ndarray
-    legal: np.ndarray
-    obstacles: np.ndarray
-    lanes: np.ndarray
-    speed: np.ndarray
-
-
-@lru_cache(maxsize=1)
-def training_data(seed: int, count: int) -> tuple[Windows, Subset]:
-    """Return the windows of demonstrations, and those that start where a plan is made: at an episode's first frame."""
-    episodes = collect(ENV, count, seed=COLLECT_SEED + 10_000 * seed)
-    windows = Windows(episodes, FEATURES, "action", 1, 8, 8)
-    return windows, Subset(windows, np.flatnonzero(np.isin(windows.frames, episodes.starts)))
-
-
-@lru_cache(maxsize=1)
-def held_out(count: int) -> Scenes:
-    """Return the scenes that plans are judged in."""
-    env = make(ENV, count)
-    seeds = episode_seeds(first_seed(0), count)
-    obs = env.reset(range(count), seeds)
-    state = env.state(range(count))  # type: ignore[attr-defined]
-    rows = [{key: value[k] for key, value in state.items()} for k in range(count)]
-    expert = LanesExpert()
-    demonstrated = [expert.plan(expert_rng(s), row)["path"] for s, row in zip(seeds, rows, strict=True)]
-    legal = []
-    for row in rows:
-        paths, fine = legal_paths(row["lanes"], row["obstacles"], float(row["speed"]))
-        legal.append(np.where(fine[:, None, None], paths, np.nan))
-    tensors = {key: torch.from_numpy(obs[key])[:, None] for key in FEATURES}
-    arrays = (np.stack(demonstrated), np.stack(legal), state["obstacles"], state["lanes"], state["speed"])
-    return Scenes(tensors, *arrays)
-
-
-def judge(paths: np.ndarray, scenes: Scenes) -> dict[str, float]:
-    """Return mean numbers of one plan `[N, 8, 2]` per scene."""
-    full = np.concatenate([np.zeros((len(paths), 1, 2)), paths], axis=1)
-    angle = headings(torch.from_numpy(full[:, 1:])).numpy()
-    poses = np.concatenate([full, np.concatenate([np.zeros((len(paths), 1)), angle], 1)[..., None]], axis=-1)
-    outside = off_road(full, scenes.lanes)
-    size = np.broadcast_to(np.array([0.0, *CAR]), (*scenes.obstacles.shape[:-1], 3))
-    boxes = np.concatenate([scenes.obstacles, size], axis=-1)
-    reach = np.linalg.norm(np.diff(scenes.legal, axis=2), axis=-1).sum(-1) + scenes.legal[:, :, 0, 0]
-    drive = Drive(
-        poses,
-        np.broadcast_to(boxes[:, None], (len(boxes), poses.shape[1], *boxes.shape[1:])),
-        (float(EGO[0]), float(EGO[1])),
-        DT,
-        scenes.speed,
-        outside,
-        np.nanmax(reach, axis=1),
-    )
-    to_legal = np.linalg.norm(paths[:, None] - scenes.legal, axis=-1).mean(-1)
-    scores = {name: float(value.mean()) for name, value in driving_score(drive).items()}
-    return {
-        **scores,
-        "ade": float(np.linalg.norm(paths - scenes.demonstrated, axis=-1).mean()),
-        "to_legal": float(np.nanmin(to_legal, axis=1).mean()),
-        "collision": float(hits(full, scenes.obstacles).mean()),
-        "off_road": float(outside.mean()),
-    }
-
-
-def spread(candidates: np.ndarray) -> float:
-    """Return the mean diversity of the candidates `[N, K, 8, 2]` of some scenes."""
-    return float(np.mean([diversity(paths) for paths in candidates[:DIVERSITY_SCENES]]))
-
-
-def milliseconds(plan: Callable[[dict[str, Tensor]], Any], scenes: Scenes) -> float:
+def milliseconds(plan: Callable[[dict[str, torch.Tensor]], Any], scenes: Scenes) -> float:
     """Return the median time of one plan, one scene at a time, one thread."""
     one = {key: value[:1] for key, value in scenes.obs.items()}
     times, threads = [], torch.get_num_threads()
@@ -209,6 +124,13 @@ def run_unet(seed: int) -> dict[str, Any]:
     return results
 
 
+def train_and_judge(name: str, seed: int) -> dict[str, Any]:
+    """Return the scores of the `unet`, of the `cascade`, or of the cascade without what an ablation names."""
+    if name == "unet":
+        return run_unet(seed)
+    return run_cascade(seed, {ABLATIONS[name]: False} if name in ABLATIONS else None)
+
+
 def small(run: Run) -> list[Claim]:
     """Train cascade, U-Net and two ablations on three seeds."""
     config = {
@@ -218,13 +140,7 @@ def small(run: Run) -> list[Claim]:
         "view": [list(pair) for pair in VIEW.values()],
     }
 
-    jobs: dict[str, Callable[[int], dict[str, Any]]] = {"cascade": run_cascade, "unet": run_unet}
-    jobs |= {name: partial(run_cascade, changes={field: False}) for name, field in ABLATIONS.items()}
-    parts: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    for seed in SEEDS:  # outermost: the scenes of a seed are made once
-        for name, job in jobs.items():
-            part = run.part(f"{name}-{seed}".replace(" ", "-"), {**config, "seed": seed}, partial(job, seed))
-            parts[name].append(part)
+    parts = run.grid(("cascade", "unet", *ABLATIONS), SEEDS, config, train_and_judge)
     ours, unet, without = parts["cascade"], parts["unet"], {name: parts[name] for name in ABLATIONS}
     few = min(("ddim2 leading", "ddim2 trailing"), key=lambda name: np.mean([part[name]["ade"] for part in unet]))
     _plot(run, ours, unet, few)

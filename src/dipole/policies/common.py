@@ -67,8 +67,13 @@ class Configured:
 
 
 class Denoising(Configured):
-    """Acts by denoising a chunk of which the actions from now on are executed."""
+    """Acts by denoising a chunk of which the actions from now on are executed.
 
+    Attributes:
+        run_sampler: What makes the steps: `sample`, or what the back end `whole-chunk` put in its place.
+    """
+
+    run_sampler: Callable[..., Tensor] = staticmethod(sample)
     normalizer: Normalizer
     sampler: SamplerConfig
     encode: Callable[[Observation], dict[str, Tensor]]
@@ -117,5 +122,4 @@ class Denoising(Configured):
         else:
             init = noise * expand(process.prior_std(levels[0]), noise).to(noise)
         kernel = self.sampler.build()
-        x0: Tensor = sample(denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options)
-        return x0
+        return self.run_sampler(denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dipole.compiler import need_compiler
 from dipole.errors import DipoleError, unknown
 from dipole.realtime.cuda_graph import CudaGraphs
 
@@ -47,6 +48,7 @@ def _compile(policy: Any, precision: str) -> Any:
     if _device(network).type == "cuda":  # compiled kernels are launched one by one as well
         network.forward = CudaGraphs(torch.compile(network.forward, dynamic=False))
     else:
+        need_compiler("back end 'compile'", "use the back end 'packed' or 'eager'")
         network.compile(dynamic=False)
     return with_network(policy, network)
 
@@ -75,6 +77,14 @@ def _packed(policy: Any, precision: str) -> Any:
     cond = {key: torch.randn((1, *size), generator=generator) for key, size in policy.encoder.cond_dims.items()}
     check(packed, policy.network, dtypes[precision], (1, policy.pred_horizon, policy.action_dim), cond)
     return with_network(policy, packed)
+
+
+def _whole_chunk(policy: Any, precision: str) -> Any:
+    from dipole.realtime.whole_chunk import whole_chunk
+
+    other = copy.copy(policy)
+    other.run_sampler = whole_chunk(policy, precision)
+    return other
 
 
 def _cast(network: nn.Module, precision: str, backend: str) -> nn.Module:
@@ -110,13 +120,14 @@ BACKENDS: dict[str, Callable[[Any, str], Any]] = {
     "eager": _eager,
     "compile": _compile,
     "packed": _packed,
+    "whole-chunk": _whole_chunk,
     "cuda-graph": _cuda_graph,
 }
 """Name -> `(policy, precision) -> policy`."""
 
-_ELSEWHERE = {"cpu": "cuda-graph", "cuda": "packed"}
+_ELSEWHERE = {"cpu": ("cuda-graph",), "cuda": ("packed", "whole-chunk")}
 
 
 def faster_backends(device: str) -> list[str]:
     """Return the back ends worth trying on a device (`cpu`, `cuda`, `cuda:0`), besides eager torch."""
-    return [name for name in BACKENDS if name not in ("eager", _ELSEWHERE.get(device.partition(":")[0]))]
+    return [name for name in BACKENDS if name not in ("eager", *_ELSEWHERE.get(device.partition(":")[0], ()))]

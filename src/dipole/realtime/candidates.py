@@ -23,7 +23,7 @@ from dipole.realtime.backends import faster_backends
 from dipole.realtime.block_cache import cacheable
 from dipole.realtime.block_calibration import calibrate
 from dipole.realtime.block_schedule import ScheduleOptions, make_schedule, options_table
-from dipole.realtime.runtime import Runtime, apply, default_runtime
+from dipole.realtime.runtime import WHOLE_CHUNK_METHODS, Runtime, apply, default_runtime
 
 REFERENCE = "as trained"
 
@@ -191,11 +191,14 @@ def _distilled(workshop: Workshop, folders: Sequence[str]) -> list[Candidate]:
 def on_backends(candidate: Candidate, backends: Sequence[str] | None = None, device: str = "cpu") -> list[Candidate]:
     """Return a candidate on other back ends; None: on all of its device.
 
-    The block cache has to see inside the network: it runs on none.
+    The block cache has to see inside the network: it runs on none; methods that make steps of their own not on
+    `whole-chunk`.
     """
     if candidate.runtime.method == "block-cache":
         return []
-    chosen = faster_backends(device) if backends is None else backends
+    chosen = list(faster_backends(device) if backends is None else backends)
+    if candidate.runtime.method not in WHOLE_CHUNK_METHODS and "whole-chunk" in chosen:
+        chosen.remove("whole-chunk")
     return [
         replace(candidate, name=f"{candidate.name} + {name}", runtime=replace(candidate.runtime, backend=name))
         for name in chosen

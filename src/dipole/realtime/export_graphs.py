@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dipole.compiler import need_compiler
 from dipole.errors import DipoleError, MissingExtraError
 from dipole.policies.diffusion_policy import DiffusionPolicy
 from dipole.realtime.export_plan import Plan
@@ -25,7 +26,6 @@ from dipole.realtime.export_plan import Plan
 Format = Literal["onnx", "torch-export", "aoti"]
 FORMATS: tuple[Format, ...] = ("onnx", "torch-export", "aoti")
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".pt2"}
-COMPILERS = ("g++", "clang++", "c++")
 
 
 class _AsItIs:
@@ -73,17 +73,40 @@ class SamplerGraph(nn.Module):
 
     def forward(self, noise: Tensor, *features: Tensor) -> Tensor:
         """Return the whole normalised chunk `[B, Tp, Da]`."""
-        cond, clip = self.encoder(*features), self.plan.clip
-        samples, x0s = [noise * self.plan.prior_std], []
-        for step in self.plan.steps:
-            x = samples[-1]
-            output = self.denoiser(x * step.c_in, torch.full_like(x[:, 0, 0], step.time), *cond)
-            x0s.append(x * step.c_x + output * step.c_out)
-            terms = [samples[j] * weight for j, weight in step.samples]
-            terms += [x0s[j].clamp(-clip, clip) * weight for j, weight in step.clipped] if clip is not None else []
-            terms += [x0s[j] * weight for j, weight in step.x0s]
-            samples.append(sum(terms[1:], terms[0]))
-        return samples[-1]
+        cond = self.encoder(*features)
+
+        def call(k: int, x: Tensor) -> Tensor:
+            return at_level(self.denoiser, x, self.plan.steps[k].time, *cond)
+
+        return run_plan(self.plan, call, noise * self.plan.prior_std)
+
+
+def at_level(network: Callable[..., Tensor], x: Tensor, time: float, *cond: Any) -> Tensor:
+    """Return `network(x, time, *cond)` with every row of `x` `[B, T, D]` at one level."""
+    return network(x, torch.full_like(x[:, 0, 0], time), *cond)
+
+
+def run_plan(plan: Plan, call: Callable[[int, Tensor], Tensor], start: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return the last sample of a plan's steps, `[B, T, D]`.
+
+    Args:
+        plan: The steps.
+        call: `call(k, x) -> output`: step k's network call.
+        start: Sample 0.
+        noise: `[B, S, T, D]`, the standard normal noise of the S steps that draw any, in order.
+    """
+    samples, x0s, drawn, clip = [start], [], 0, plan.clip
+    for k, step in enumerate(plan.steps):
+        x = samples[-1]
+        x0s.append(x * step.c_x + call(k, x * step.c_in) * step.c_out)
+        terms = [samples[j] * weight for j, weight in step.samples]
+        terms += [x0s[j].clamp(-clip, clip) * weight for j, weight in step.clipped] if clip is not None else []
+        terms += [x0s[j] * weight for j, weight in step.x0s]
+        if step.std > 0 and noise is not None:
+            terms.append(noise[:, drawn] * step.std)
+            drawn += 1
+        samples.append(sum(terms[1:], terms[0]))
+    return samples[-1]
 
 
 def check_tools(form: str) -> None:
@@ -94,11 +117,8 @@ def check_tools(form: str) -> None:
                 __import__(package)
             except ImportError:
                 raise MissingExtraError(package, "export") from None
-    if form == "aoti" and not any(shutil.which(name) for name in COMPILERS):
-        raise DipoleError(
-            f"--format aoti needs a C++ compiler, and none of {', '.join(COMPILERS)} was found: install one, "
-            "or choose torch-export or onnx"
-        )
+    if form == "aoti":
+        need_compiler("--format aoti", "choose torch-export or onnx")
 
 
 def write_graph(
@@ -116,13 +136,10 @@ def write_graph(
     Raises:
         DipoleError: The network cannot be captured, or the format cannot represent it.
     """
-    batch = torch.export.Dim("batch")
-    # Positional arguments of a *args forward are one tuple.
-    shapes = _dynamic_shapes(graph, arguments, batch)
     target = path.with_suffix(SUFFIXES[form])
     try:
-        with _quiet(), torch.no_grad():
-            program = torch.export.export(graph.eval(), arguments, dynamic_shapes=shapes)
+        with quiet(), torch.no_grad():
+            program = capture(graph, arguments)
             if form == "torch-export":
                 torch.export.save(program, target)
             elif form == "aoti":
@@ -133,18 +150,27 @@ def write_graph(
     except DipoleError:
         raise
     except Exception as error:  # each of the three exporters has errors of its own kind
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
-        raise DipoleError(f"the {path.name} cannot be exported as {form}: {reason}") from None
+        raise DipoleError(f"the {path.name} cannot be exported as {form}: {first_line(error)}") from None
 
 
-def _dynamic_shapes(graph: nn.Module, arguments: tuple[Tensor, ...], batch: Any) -> tuple[Any, ...]:
-    named = {EncoderGraph: 0, DenoiserGraph: 2, SamplerGraph: 1}[type(graph)]  # arguments before *rest
-    axes = [{0: batch}] * len(arguments)
-    return (*axes[:named], tuple(axes[named:]))
+def capture(graph: nn.Module, arguments: tuple[Tensor, ...], *, symbolic: bool = True) -> Any:
+    """Return what `torch.export` makes of a graph; `symbolic`: for any number of rows, else for that of `arguments`."""
+    shapes = None
+    if symbolic:
+        named = [p for p in signature(graph.forward).parameters.values() if p.kind is not Parameter.VAR_POSITIONAL]
+        axes = [{0: torch.export.Dim("batch")}] * len(arguments)
+        # Positional arguments of a *args forward are one tuple.
+        shapes = (*axes[: len(named)], tuple(axes[len(named) :]))
+    return torch.export.export(graph.eval(), arguments, dynamic_shapes=shapes)
+
+
+def first_line(error: Exception) -> str:
+    """Return what one line can say about an error of torch's exporters and compilers."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' progress reports from the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

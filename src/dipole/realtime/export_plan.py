@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from dipole.diffusion import Kernel, Process, sample
-from dipole.diffusion.denoiser import network_time
+from dipole.diffusion.denoiser import NetworkDenoiser, network_time
 from dipole.diffusion.kernels import coefficient_table
 from dipole.diffusion.prediction import float_conversion
+from dipole.diffusion.solvers import Solver
 from dipole.errors import DipoleError
 from dipole.policies.diffusion_policy import DiffusionPolicy
 
@@ -84,27 +85,41 @@ def make_plan(policy: DiffusionPolicy) -> Plan:
         DipoleError: The sampler cannot make its steps in this process.
     """
     process = policy.process if policy.sampler.process is None else policy.sampler.process.build()
-    levels, kernel = policy.sampler.levels(process), policy.sampler.build()
-    call = _caller(policy, process)
     try:
-        if isinstance(kernel, Kernel):
-            steps = _kernel_steps(kernel, process, levels, call)
-        else:
-            steps = _solver_steps(kernel, process, levels, call)
+        return plan_of(policy.denoiser, process, policy.sampler.levels(process), policy.sampler.build())
     except ValueError as error:
         raise DipoleError(f"sampler '{policy.sampler.name}': {error}") from None
+
+
+def plan_of(denoiser: NetworkDenoiser, process: Process, levels: Tensor, kernel: Kernel | Solver) -> Plan:
+    """Return the plan of what `sample` does with these arguments.
+
+    Args:
+        denoiser: The network with the process it was trained in.
+        process: Process of the samples; another than the denoiser's is seen through `ProcessView`.
+        levels: `[K+1]`.
+        kernel: A kernel or a solver.
+
+    Raises:
+        ValueError: The kernel cannot make its steps in this process.
+    """
+    call = _caller(denoiser, process)
+    if isinstance(kernel, Kernel):
+        steps = _kernel_steps(kernel, process, levels, call)
+    else:
+        steps = _solver_steps(kernel, process, levels, call)
     return Plan(float(process.prior_std(levels[0])), getattr(kernel, "clip", None), tuple(steps))
 
 
-def _caller(policy: DiffusionPolicy, process: Process) -> Callable[[float], dict[str, Any]]:
+def _caller(denoiser: NetworkDenoiser, process: Process) -> Callable[[float], dict[str, Any]]:
     """Return `call(level) -> {time, c_in, c_x, c_out}` for samples of `process`."""
-    own, objective = policy.process, policy.config.objective
+    own: Any = denoiser.process
 
     def call(level: float) -> dict[str, Any]:
         factor = 1.0
         if process is not own:
             level, factor = _matched(own, process, level)
-        number = float_conversion(objective.prediction_type, own, level, objective.sigma_data)
+        number = float_conversion(denoiser.prediction_type, own, level, denoiser.sigma_data)
         time = float(network_time(level, own, torch.float64))
         return {"time": time, "c_in": number.c_in * factor, "c_x": number.c_x * factor, "c_out": number.c_out}
 

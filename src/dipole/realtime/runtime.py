@@ -29,6 +29,9 @@ METHODS: dict[str, tuple[str, str, str]] = {
 }
 """Method -> (module, configuration class, policy class); imported when used. `plain` needs none."""
 
+WHOLE_CHUNK_METHODS = ("plain", "ensemble")
+"""Methods that make no steps of their own and guide none: those the back end `whole-chunk` is for."""
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -56,6 +59,11 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.method != "plain" and self.method not in METHODS:
             raise unknown("method", self.method, ["plain", *METHODS])
+        if self.backend == "whole-chunk" and self.method not in WHOLE_CHUNK_METHODS:
+            raise DipoleError(
+                f"back end 'whole-chunk' compiles plain sampling, method '{self.method}' makes steps of its own: "
+                "use the back end 'packed'"
+            )
         if self.method == "plain" and self.options:
             raise DipoleError(f"method 'plain' has no options, found '{next(iter(self.options))}'")
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Generator, Tensor, nn
 
+from dipole.compiler import need_compiler
 from dipole.errors import DipoleError
 from dipole.training.config import TrainConfig
 from dipole.training.draws import ShardedDraws
@@ -50,6 +51,8 @@ class Updater:
         if config.compile:
             if not isinstance(getattr(policy, "network", None), nn.Module):
                 raise DipoleError("this policy has no network of its own to compile: train it without --compile")
+            if self.device.type == "cpu":
+                need_compiler("--compile", "train without it")
             # In place: the names of the weights stay as they are.
             policy.network.compile(dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
         self.optimizer = make_optimizer(policy, config)

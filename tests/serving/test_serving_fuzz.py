@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "server"))
-import fuzz
+import malformed
 
 from dipole.data import Feature
 from dipole.serving.codec import CodecError, pack, unpack
@@ -17,15 +17,15 @@ from dipole.serving.limits import Limits
 from dipole.serving.protocol import Refusal, parse
 from dipole.serving.schema import Schema, read_noise, read_observation
 
-SCHEMA = Schema({fuzz.STATE: Feature("float32", (18,))}, 2, 16, 8, 4, None, 10.0, "")
+SCHEMA = Schema({malformed.STATE: Feature("float32", (18,))}, 2, 16, 8, 4, None, 10.0, "")
 COUNT = int(os.environ.get("DIPOLE_FUZZ", "4000"))  # a few seconds
 
 
-@pytest.mark.parametrize("kind", fuzz.MESSAGES)
+@pytest.mark.parametrize("kind", malformed.MESSAGES)
 def test_only_refusals_come_out(kind):
     rng, limits, sound = random.Random(0), Limits(), 0
-    for _ in range(COUNT // len(fuzz.MESSAGES)):
-        data = fuzz.MESSAGES[kind](rng)
+    for _ in range(COUNT // len(malformed.MESSAGES)):
+        data = malformed.MESSAGES[kind](rng)
         try:
             request = parse(unpack(data, limits))
             arrays = read_observation(request.observation, SCHEMA)
@@ -39,4 +39,4 @@ def test_only_refusals_come_out(kind):
             assert all(np.isfinite(value).all() for value in arrays.values())
             assert noise is None or np.isfinite(noise).all()
     # A mutation can leave a message sound, and an array of zeros may be right; most are neither.
-    assert sound <= 0.5 * COUNT / len(fuzz.MESSAGES)
+    assert sound <= 0.5 * COUNT / len(malformed.MESSAGES)

@@ -19,7 +19,7 @@ from dipole.envs import make
 from dipole.envs.seeds import SELECT_SEED
 from dipole.errors import DipoleError
 from dipole.policies import load_policy
-from dipole.training import loop, read_metrics
+from dipole.training import read_metrics, trainer
 
 TINY = ["--network", "width=16", "num_blocks=1", "--batch-size", "16", "--precision", "fp32", "--threads", "1"]
 
@@ -86,7 +86,7 @@ def test_json_summary(data, tmp_path, capsys):
 def test_interrupted_it_says_how_to_go_on_and_does_exactly(data, tmp_path, capsys, monkeypatch):
     words = ["--data", data, "--steps", 12, "--seed", 5, *TINY]
     train(*words, "--out", tmp_path / "whole")
-    before = loop.Trainer._after_update
+    before = trainer.Trainer._after_update
 
     def press(self, *args):
         before(self, *args)
@@ -94,7 +94,7 @@ def test_interrupted_it_says_how_to_go_on_and_does_exactly(data, tmp_path, capsy
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "_after_update", press)
+        patched.setattr(trainer.Trainer, "_after_update", press)
         with pytest.raises(SystemExit) as stopped:
             train(*words, "--out", tmp_path / "cut")
     assert stopped.value.code == 130

@@ -23,8 +23,8 @@ from dipole.data import Episodes, Feature
 from dipole.errors import DipoleError, MissingExtraError
 from dipole.policies import make_config, make_policy
 from dipole.training import TrainConfig, checkpoint, fit, read_metrics, train
-from dipole.training import loop as loop_module
 from dipole.training import plan as plan_module
+from dipole.training import trainer as trainer_module
 from dipole.training.checkpoint import load_state
 
 SCRIPT = Path(__file__).with_name("training_standin.py")
@@ -220,7 +220,7 @@ def test_killed_before_the_first_save_it_begins_again(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop_module, "save_state", die)
+        patched.setattr(trainer_module, "save_state", die)
         with pytest.raises(Killed):
             run(tmp_path / "cut")
     assert run(tmp_path / "cut", resume=True).resumed_from == 0

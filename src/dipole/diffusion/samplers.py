@@ -9,7 +9,7 @@ or position whose level does not change stays as it is. K is the number of kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from dipole.diffusion.denoiser import Denoiser, Processes, prepare
-from dipole.diffusion.kernels import DDIM, Coefficients, Kernel, Reduce, check_steps, coefficient_table, log_prob
+from dipole.diffusion.kernels import DDIM, Kernel, Reduce, log_prob
 from dipole.diffusion.process import Process
 from dipole.diffusion.solvers import Solver
+from dipole.diffusion.steppers import count_steps, level_at, stepper
 from dipole.diffusion.tensors import Level, Random, Sample, Shape, expand, map_parts, randn
 
 
@@ -131,19 +132,19 @@ def sample(
         levels = from_level(levels, t_start)
     x = _start(process, levels, shape, generator, init, like)
     if project is not None:
-        x = project(x, _at(levels, 0))
+        x = project(x, level_at(levels, 0))
     denoiser = prepare(denoiser, levels, cond)
-    num_steps = _num_steps(levels)
+    num_steps = count_steps(levels)
     if num_steps == 0:
         return x
-    advance = _stepper(denoiser, process, levels, kernel, cond, generator, x)
+    advance = stepper(denoiser, process, levels, kernel, cond, generator, x)
     memory = None
     for k in range(num_steps):
         x_next, x0_hat, memory = advance(k, x, memory)
         if project is not None:
-            x_next = project(x_next, _at(levels, k + 1))
+            x_next = project(x_next, level_at(levels, k + 1))
         if callback is not None:
-            callback(StepInfo(k, num_steps, _at(levels, k), _at(levels, k + 1), x, x0_hat, x_next))
+            callback(StepInfo(k, num_steps, level_at(levels, k), level_at(levels, k + 1), x, x0_hat, x_next))
         x = x_next
     return x
 
@@ -186,7 +187,7 @@ def score_chain(
     chosen = range(len(chain.samples) - 1) if steps is None else steps
     scores = []
     for k in chosen:
-        t, s = _at(chain.levels, k), _at(chain.levels, k + 1)
+        t, s = level_at(chain.levels, k), level_at(chain.levels, k + 1)
         x = chain.samples[k]
         dist = kernel.step(x, denoiser(x, t, cond), t, s, process)
         moving = map_parts(_moving, x, t, s, mask)
@@ -202,22 +203,6 @@ def _moving(x: Tensor, t: Any, s: Any, mask: Tensor | None) -> Tensor | None:
     return moves if mask is None else moves & expand(mask, x).bool()
 
 
-def _num_steps(levels: Level) -> int:
-    counts = {len(part) for part in (levels.values() if isinstance(levels, Mapping) else [levels])}
-    if len(counts) != 1 or min(counts) < 1:
-        raise ValueError("every part needs the same number of levels (repeat one to hold a part where it is)")
-    return counts.pop() - 1
-
-
-def _at(levels: Level, k: int) -> Any:
-    """Return the k-th level: a number where all rows share it, else a tensor (or parts)."""
-
-    def one(part: Tensor) -> Tensor | float:
-        return float(part[k]) if part.dim() == 1 else part[k]
-
-    return map_parts(one, levels)
-
-
 def _start(
     process: Processes, levels: Level, shape: Shape | None, generator: Random, init: Any, like: Tensor | None
 ) -> Any:
@@ -226,79 +211,3 @@ def _start(
     if shape is None:
         raise ValueError("sample needs the shape of the sample, or an init to start from")
     return initial_noise(process, levels, shape, generator, like)
-
-
-Stepper = Callable[[int, Any, Any], tuple[Any, Any, Any]]
-
-
-def _stepper(
-    denoiser: Denoiser,
-    process: Processes,
-    levels: Level,
-    kernel: Kernel | Solver,
-    cond: Any,
-    generator: Random,
-    x: Any,
-) -> Stepper:
-    """Return `advance(k, x, memory) -> (x_next, x0_hat, memory)` for this kernel or solver."""
-    if isinstance(kernel, Kernel):
-        return _kernel_stepper(denoiser, process, levels, kernel, cond, generator, x)
-    if not isinstance(levels, Tensor) or levels.dim() != 1 or isinstance(process, Mapping) or isinstance(x, Mapping):
-        raise ValueError(f"{type(kernel).__name__} needs one level list shared by all rows and positions, and no parts")
-    if bool((levels[1:] >= levels[:-1]).any()):
-        raise ValueError(f"{type(kernel).__name__} needs levels that decrease")
-    return _solver_stepper(denoiser, process, levels, kernel, cond, generator)
-
-
-def _solver_stepper(
-    denoiser: Denoiser, process: Process, levels: Tensor, solver: Solver, cond: Any, generator: Random
-) -> Stepper:
-    numbers = levels.tolist()
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        x0_hat: Tensor = denoiser(x, t, cond)
-        return x0_hat
-
-    def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
-        return solver.solve(denoise, x, numbers[k], numbers[k + 1], process, memory, generator)
-
-    return advance
-
-
-def _kernel_stepper(
-    denoiser: Denoiser, process: Processes, levels: Level, kernel: Kernel, cond: Any, generator: Random, x: Any
-) -> Stepper:
-    """The coefficients of the whole list, and the levels told to the denoiser, are worked out before the loop."""
-    visited = _visited(levels)
-    if not isinstance(x, Mapping):
-        table = _coefficients(x, levels, process, kernel)
-
-        def advance(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
-            x0_hat = denoiser(x, visited[k], cond)
-            return kernel.combine(x, x0_hat, table[k]).sample(generator), x0_hat, None
-
-        return advance
-    tables = map_parts(lambda part, level, own: _coefficients(part, level, own, kernel), x, levels, process)
-
-    def advance_parts(k: int, x: Any, memory: Any) -> tuple[Any, Any, Any]:
-        x0_hat = denoiser(x, visited[k], cond)
-        x_next = {key: kernel.combine(part, x0_hat[key], tables[key][k]).sample(generator) for key, part in x.items()}
-        return x_next, x0_hat, None
-
-    return advance_parts
-
-
-def _visited(levels: Level) -> list[Any]:
-    """Return the K + 1 levels one by one, as `_at` does."""
-    if isinstance(levels, Tensor) and levels.dim() == 1:
-        return levels.tolist()
-    return [_at(levels, k) for k in range(_num_steps(levels) + 1)]
-
-
-def _coefficients(x: Tensor, levels: Any, process: Any, kernel: Kernel) -> Sequence[Coefficients]:
-    """Return the coefficients of each step: numbers where all rows share the levels, else broadcast against `x`."""
-    if levels.dim() == 1:
-        return coefficient_table(kernel, process, tuple(levels.tolist()))
-    value = kernel.coefficients(process, levels[:-1], levels[1:])
-    check_steps(kernel, levels, value)
-    return [Coefficients(*(expand(c[k], x).to(x) for c in value)) for k in range(len(levels) - 1)]

@@ -30,8 +30,10 @@ from dipole.data.episodes import Episodes
 from dipole.data.features import REWARD, SUCCESS, Feature
 from dipole.data.formats import minari_spaces
 from dipole.data.formats.files import check_chosen, check_finite, read_json
+from dipole.data.formats.minari_arrow import ArrowStore
 from dipole.data.formats.minari_extras import INFO, SERIES, MinariExtras
-from dipole.data.formats.minari_store import ArrowStore, Hdf5Store, Store
+from dipole.data.formats.minari_hdf5 import Hdf5Store
+from dipole.data.formats.minari_store import Store
 from dipole.data.formats.minari_write import write
 from dipole.data.storage import allocate
 from dipole.errors import DipoleError

@@ -160,3 +160,37 @@ def test_a_wrong_packing_is_noticed():
     packed.body.blocks[0][0].weight.mul_(1.1)
     with pytest.raises(DipoleError, match="differs from the network by"):
         check(packed, network, torch.float32, tuple(x.shape), cond)
+
+
+COMPILED = [
+    ("mlp", {"width": 32, "num_blocks": 1}),
+    ("mlp", {"width": 32, "num_blocks": 1, "per_position_levels": True}),
+    ("unet1d", {"down_dims": (16,), "kernel_size": 3}),
+]
+
+
+@pytest.mark.slow  # compiling takes half a minute for an MLP, more for a U-Net
+@pytest.mark.parametrize(("name", "options"), COMPILED, ids=str)
+@torch.no_grad()
+def test_compiled_steps(name, options, capfd):
+    network = build(name, options)
+    x, time, cond = batch(2)
+    compiled = pack(network, compiled=True)
+    expected = network(x, time, cond)
+    assert (compiled(x, time, cond) - expected).abs().max() <= ROUNDING * expected.abs().max()
+    ready = compiled.prepare(torch.tensor([900.0, 300.0]), cond)
+    for level in (900.0, 300.0):  # the same graph with other constants
+        shared = torch.tensor(level).expand(2)
+        expected = network(x, shared, cond)
+        assert (ready(x, shared, cond) - expected).abs().max() <= ROUNDING * expected.abs().max()
+    seen = []
+    hooked = compiled(x, time, cond, hook=lambda branch, compute: seen.append(branch) or compute())
+    assert tuple(seen) == network.branches
+    assert (hooked - network(x, time, cond)).abs().max() <= ROUNDING * expected.abs().max()
+    assert capfd.readouterr().err == ""  # inductor's own reports are not for users
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DipoleError, match="needs a C\\+\\+ compiler.*use the back end 'packed'"):
+        pack(build("mlp", {}), compiled=True)

@@ -135,7 +135,7 @@ def test_back_ends_are_tried_for_what_they_can_run():
     plain = Candidate("ddim:5", "run", Runtime())
     names = [candidate.name for candidate in on_backends(plain, ["packed", "eager"])]
     assert names == ["ddim:5 + packed"]
-    assert [c.runtime.backend for c in on_backends(plain)] == ["compile", "packed"]
+    assert [c.runtime.backend for c in on_backends(plain)] == ["compile", "packed", "packed-compiled", "whole-chunk"]
     assert [c.runtime.backend for c in on_backends(plain, device="cuda:0")] == ["compile", "cuda-graph"]
     assert on_backends(Candidate("c", "run", Runtime("block-cache")), ["packed"]) == []
     assert Candidate("rti:3, Ta 1", "run", Runtime()).slug == "rti-3-ta-1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -66,13 +66,13 @@ def _device(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def _packed(policy: Any, precision: str) -> Any:
+def _packed(policy: Any, precision: str, compiled: bool = False) -> Any:
     from dipole.realtime.packed import check, pack
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if precision not in dtypes:
         raise DipoleError(f"back end 'packed' has no {precision}: use fp32 or bf16")
-    packed = pack(policy.network, dtypes[precision])
+    packed = pack(policy.network, dtypes[precision], compiled=compiled)
     generator = torch.Generator().manual_seed(0)
     cond = {key: torch.randn((1, *size), generator=generator) for key, size in policy.encoder.cond_dims.items()}
     check(packed, policy.network, dtypes[precision], (1, policy.pred_horizon, policy.action_dim), cond)
@@ -120,12 +120,13 @@ BACKENDS: dict[str, Callable[[Any, str], Any]] = {
     "eager": _eager,
     "compile": _compile,
     "packed": _packed,
+    "packed-compiled": partial(_packed, compiled=True),
     "whole-chunk": _whole_chunk,
     "cuda-graph": _cuda_graph,
 }
 """Name -> `(policy, precision) -> policy`."""
 
-_ELSEWHERE = {"cpu": ("cuda-graph",), "cuda": ("packed", "whole-chunk")}
+_ELSEWHERE = {"cpu": ("cuda-graph",), "cuda": ("packed", "packed-compiled", "whole-chunk")}
 
 
 def faster_backends(device: str) -> list[str]:

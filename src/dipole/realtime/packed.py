@@ -31,13 +31,13 @@ class PackedLinear:
         weight: `[out, in]`.
         bias: `[out]`, or None.
         dtype: float32 or bfloat16.
-        rows: Rows of `x` to expect; the layout suits others as well.
+        rows: Rows of `x` to expect; the layout suits others as well. 0 to leave the layout to a compiler.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, rows: int) -> None:
-        self.weight = weight.detach().to(dtype, copy=True).contiguous()
-        self.bias = None if bias is None else bias.detach().to(dtype, copy=True)
-        self.packed = can_pack() and self.weight.numel() >= _PACK_FROM
+        self.weight = frozen(weight, dtype)
+        self.bias = None if bias is None else frozen(bias, dtype)
+        self.packed = rows > 0 and can_pack() and self.weight.numel() >= _PACK_FROM
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
 
@@ -47,6 +47,11 @@ class PackedLinear:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
         return F.linear(x, self.weight, self.bias)
+
+
+def frozen(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a copy that a compiler takes for a constant."""
+    return nn.Parameter(weight.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
 
 
 def can_pack() -> bool:
@@ -115,19 +120,21 @@ class _Prepared:
             return self.network.body.step(x, constants, hook)
 
 
-def pack(network: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 4) -> Packed:
+def pack(network: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 4, compiled: bool = False) -> Packed:
     """Return a network packed for inference on a CPU.
 
     Args:
         network: A `UNet1D` or an `MLP`.
         dtype: float32 or bfloat16, of weights and activations.
         rows: Rows of a typical matrix product: batch times positions for a U-Net, batch for an MLP.
+        compiled: Compile the steps (`dipole.realtime.packed_compiled`).
 
     Raises:
         DipoleError: The network is of another kind, or not on a CPU, or the packed one computes something else.
     """
     from dipole.networks.mlp import MLP
     from dipole.networks.unet1d import UNet1D
+    from dipole.realtime.packed_compiled import CompiledNetwork
     from dipole.realtime.packed_mlp import PackedMLP
     from dipole.realtime.packed_unet1d import PackedUNet1D
 
@@ -136,15 +143,13 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 4) 
         raise DipoleError(f"back end 'packed' is for CPUs, the policy is on {parameter.device}: use 'compile'")
     if parameter.dtype != torch.float32:
         raise DipoleError(f"back end 'packed' packs float32 weights, these are {parameter.dtype}: load them as float32")
-    if isinstance(network, UNet1D):
-        packed = Packed(PackedUNet1D(network, dtype, rows), network.branches)
-    elif isinstance(network, MLP):
-        packed = Packed(PackedMLP(network, dtype, rows), network.branches)
-    else:
+    kinds: dict[type[nn.Module], Any] = {UNet1D: PackedUNet1D, MLP: PackedMLP}
+    if type(network) not in kinds:
         raise DipoleError(
             f"back end 'packed' knows U-Nets and MLPs, not {type(network).__name__}: use 'eager' or 'compile'"
         )
-    return packed.eval()
+    body: PackedNetwork = kinds[type(network)](network, dtype, 0 if compiled else rows)
+    return Packed(CompiledNetwork(body) if compiled else body, network.branches).eval()
 
 
 def check(packed: Packed, network: nn.Module, dtype: torch.dtype, shape: tuple[int, ...], cond: Any) -> float:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dipole.networks.embedding import flatten_cond
 from dipole.networks.hooks import BlockHook, branch
 from dipole.networks.mlp import MLP, FiLMBlock
-from dipole.realtime.packed import PackedLinear
+from dipole.realtime.packed import PackedLinear, frozen
 
 
 class Constants(NamedTuple):
@@ -45,8 +45,7 @@ class PackedMLP:
         self.film_bias = torch.cat([block.film.bias for block in blocks]).detach()
         self.width = network.stem.out_features
         self.blocks = [(packed(block.inner), packed(block.outer)) for block in blocks]
-        self.norm_weight = network.norm.weight.detach().to(dtype, copy=True)
-        self.norm_bias = network.norm.bias.detach().to(dtype, copy=True)
+        self.norm_weight, self.norm_bias = frozen(network.norm.weight, dtype), frozen(network.norm.bias, dtype)
         self.head = packed(network.head)
 
     def constants(self, times: Tensor, cond: Mapping[str, Tensor] | None) -> list[Constants]:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dipole.networks.embedding import flatten_cond
 from dipole.networks.hooks import BlockHook, branch
 from dipole.networks.unet1d import ConvBlock, ResidualBlock, UNet1D
-from dipole.realtime.packed import PackedLinear
+from dipole.realtime.packed import PackedLinear, frozen
 
 
 class Convolution:
@@ -77,7 +77,7 @@ class Block:
         assert isinstance(norm, nn.GroupNorm)
         self.conv = Convolution.of(conv, dtype, rows)
         self.groups, self.eps = norm.num_groups, norm.eps
-        self.weight, self.bias = (value.detach().to(dtype, copy=True) for value in (norm.weight, norm.bias))
+        self.weight, self.bias = frozen(norm.weight, dtype), frozen(norm.bias, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `[B, T, out]` from `[B, T, in]`."""

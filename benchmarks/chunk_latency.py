@@ -32,7 +32,13 @@ STEPS, ROUNDS, CALLS = 10, 5, 4
 BATCHES = (1, 32)
 PEER = Path(__file__).parent / "peers" / "lerobot_chunk_latency.py"
 RUNTIMES = {
-    "cpu": {"eager": ("eager", "fp32"), "packed": ("packed", "fp32"), "packed bf16": ("packed", "bf16")},
+    "cpu": {
+        "eager": ("eager", "fp32"),
+        "packed": ("packed", "fp32"),
+        "packed bf16": ("packed", "bf16"),
+        "packed-compiled": ("packed-compiled", "fp32"),
+        "packed-compiled bf16": ("packed-compiled", "bf16"),
+    },
     "cuda": {
         "eager": ("eager", "fp32"),
         "cuda-graph": ("cuda-graph", "fp32"),

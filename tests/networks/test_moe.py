@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from dipole.diffusion import DPM2, EDM, NetworkDenoiser, sample
 from dipole.errors import DipoleError
 from dipole.networks.expert_cache import PreparedMoDE, fingerprint
-from dipole.networks.moe import Experts, MoDE, MoDEConfig, Router, Routing, load_balance
+from dipole.networks.moe import Experts, MoDE, MoDEConfig
+from dipole.networks.routing import Router, Routing, load_balance
 
 D, T = 3, 5
 COND = {"goal": (1, 4), "obs": (2, 6)}
@@ -83,6 +84,42 @@ def test_prenorm_and_code_residuals_differ():
     x, cond = inputs()
     outputs = [make(residual=residual)(x, times(1.0).expand(3), cond) for residual in ("prenorm", "code")]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+def test_experts_and_their_gradients_equal_a_loop_over_rows():
+    experts = make(num_experts=4, top_k=2).blocks[0].experts
+    chosen = torch.tensor([[0, 2], [2, 0], [1, 2], [0, 1], [2, 1]])  # nobody takes the last expert
+    inputs = [torch.randn(5, T, 16, dtype=torch.float64), torch.rand(5, 2, dtype=torch.float64)]
+    slope = torch.randn(5, T, 16, dtype=torch.float64)
+    found = []
+    for grouped in (True, False):
+        x, weights = (value.clone().requires_grad_() for value in inputs)
+        if grouped:
+            out = experts(x, Routing(torch.zeros(5, 4), chosen, weights))
+        else:
+            rows = [[weights[b, k] * experts.one(e, x[b]) for k, e in enumerate(chosen[b].tolist())] for b in range(5)]
+            out = torch.stack([sum(parts) for parts in rows])
+        leaves = (x, weights, experts.w1, experts.b1, experts.w2)
+        found.append([out.detach(), *torch.autograd.grad((slope * out).sum(), leaves)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)  # float64 rounding
+
+
+def test_trains_in_bfloat16_without_warnings():
+    network, (x, cond) = make(torch.float32).train(), inputs(dtype=torch.float32)
+    time = times(0.01, 0.5, 20.0, dtype=torch.float32)
+    for block in network.blocks:  # dropout would hide the rounding
+        block.attention.attention_dropout = 0.0
+        block.attention.dropout.p = block.experts.dropout.p = 0.0
+    out, slopes = [], []
+    for enabled in (False, True):
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            warnings.simplefilter("error")
+            out.append(network.route(x, time, cond, torch.Generator().manual_seed(0))[0].float())
+            slopes.append(torch.autograd.grad(out[-1].sum(), network.blocks[0].experts.w1)[0])
+    # bfloat16 has 8 bits, so 0.4 % per operation, and there are a dozen in a row
+    assert 0 < (out[0] - out[1]).abs().max() < 0.05 * out[0].abs().max()
+    assert (slopes[0] - slopes[1]).norm() < 0.1 * slopes[0].norm()
 
 
 def test_one_expert_is_a_dense_block():

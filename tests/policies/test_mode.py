@@ -6,7 +6,8 @@ import torch
 
 from dipole.data import Feature, Normalizer
 from dipole.errors import DipoleError
-from dipole.networks.moe import MoDEConfig, load_balance
+from dipole.networks.moe import MoDEConfig
+from dipole.networks.routing import load_balance
 from dipole.policies import load_policy, save_policy
 from dipole.policies.config import SamplerConfig
 from dipole.policies.mode import ModeConfig, ModePolicy

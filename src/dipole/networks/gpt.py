@@ -66,6 +66,14 @@ def sigma_feature(time: Tensor) -> Tensor:
     return (time / (4 * NETWORK_TIME_PER_LOG_SIGMA)).unsqueeze(-1)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS normalisation in the precision of its weight: under autocast queries and keys come in a lower one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` `[..., size]` normalised."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and those before it.
 
@@ -83,8 +91,8 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(residual_dropout)
-        self.query_norm = nn.RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.query_norm = HeadNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(dim // num_heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[B, N, C]` for tokens `[B, N, C]`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -27,6 +27,7 @@ from dipole.networks.embedding import CondDims, cond_set
 from dipole.networks.expert_cache import ExpertCache, FusedExpert, PreparedMoDE
 from dipole.networks.gpt import CausalSelfAttention, init_normal, sigma_feature
 from dipole.networks.hooks import BlockHook, branch
+from dipole.networks.routing import Router, Routing
 
 
 @dataclass(frozen=True)
@@ -69,43 +70,6 @@ class MoDEConfig:
         return MoDE(self, action_dim, pred_horizon, cond_dims)
 
 
-class Routing(NamedTuple):
-    """Which experts a batch uses in one block.
-
-    Attributes:
-        probabilities: `[B, E]` softmax over all experts.
-        selected: `[B, k]` indices of the chosen ones.
-        weights: `[B, k]` their probabilities, renormalised to sum to one.
-    """
-
-    probabilities: Tensor
-    selected: Tensor
-    weights: Tensor
-
-
-class Router(nn.Module):
-    """From the noise embedding to experts: drawn without replacement in training, the k most likely otherwise."""
-
-    def __init__(self, config: MoDEConfig) -> None:
-        super().__init__()
-        dim, experts = config.embed_dim, config.num_experts
-        self.top_k = config.top_k
-        if config.router == "mlp":
-            self.logits: nn.Module = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, experts))
-        else:
-            self.logits = nn.Linear(dim, experts, bias=False)
-
-    def forward(self, noise: Tensor, generator: Generator | None = None) -> Routing:
-        """Return the routing of rows with noise embedding `[B, C]`."""
-        probabilities = self.logits(noise).softmax(-1)
-        if self.training:
-            selected = torch.multinomial(probabilities.detach(), self.top_k, generator=generator)
-        else:
-            selected = probabilities.topk(self.top_k, dim=-1).indices
-        weights = probabilities.gather(-1, selected)
-        return Routing(probabilities, selected, weights / weights.sum(-1, keepdim=True))
-
-
 class Experts(nn.Module):
     """E SwishGLU feed-forward networks, their weights stacked: W1 `[E, 2H, C]`, b1 `[E, 2H]`, W2 `[E, C, H]`."""
 
@@ -125,13 +89,17 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return `[B, N, C]`: each row through its experts, weighted."""
-        out = torch.zeros_like(x)
-        for expert in range(self.w1.shape[0]):
-            row, slot = (routing.selected == expert).nonzero(as_tuple=True)
-            if len(row):
-                weight = routing.weights[row, slot].unsqueeze(-1).unsqueeze(-1)
-                out = out.index_add(0, row, weight * self.one(expert, x[row]))
-        dropped: Tensor = self.dropout(out)
+        rows, top_k = routing.selected.shape
+        chosen = routing.selected.flatten()
+        order = chosen.argsort(stable=True)  # rows of the same expert stand together
+        counts = chosen.bincount(minlength=len(self.w1)).tolist()
+        # Taken apart at once, as every single `w1[expert]` would have a gradient of the size of all experts.
+        weights = zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), strict=True)
+        parts = x.index_select(0, order // top_k).split(counts)
+        answers = torch.cat([swish_glu(part, *weight) for part, weight in zip(parts, weights, strict=True)])
+        answers = answers.index_select(0, order.argsort()).unflatten(0, (rows, top_k))
+        mixed = (routing.weights[:, :, None, None] * answers).sum(1)
+        dropped: Tensor = self.dropout(mixed)
         return dropped
 
     def fuse(self, selected: Tensor, weights: Tensor) -> FusedExpert:
@@ -149,8 +117,9 @@ class Experts(nn.Module):
 
 def swish_glu(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
     """Return W2 (u * silu(g)) with [u, g] = W1 x + b1."""
-    u, g = F.linear(x, w1, b1).chunk(2, dim=-1)
-    return F.linear(u * F.silu(g), w2)
+    # Two products with half of W1 each: the halves of one product would be strided, and joined for its gradient.
+    (wu, wg), (bu, bg) = w1.chunk(2), b1.chunk(2)
+    return F.linear(F.linear(x, wu, bu) * F.silu(F.linear(x, wg, bg)), w2)
 
 
 class MoEBlock(nn.Module):
@@ -304,24 +273,3 @@ class MoDE(nn.Module):
     def clear_cache(self) -> None:
         """Forget the fused experts; the next `prepare` makes them anew."""
         self._cache = None
-
-
-def load_balance(routings: list[Routing], kind: Literal["full", "selected"] = "full") -> Tensor:
-    """Return the mean over blocks of  E sum_e (share of rows routed to e) (mean probability of e); k when uniform.
-
-    Args:
-        routings: From `MoDE.route`.
-        kind: `full`: the probability is the softmax over all experts (the paper); `selected`: the renormalised
-            probability of the chosen ones, 0 for the others (the published code).
-    """
-    losses = []
-    for routing in routings:
-        experts = routing.probabilities.shape[-1]
-        chosen = F.one_hot(routing.selected, experts).to(routing.weights.dtype)
-        share = chosen.sum(1).mean(0)
-        if kind == "full":
-            probability = routing.probabilities.mean(0)
-        else:
-            probability = (chosen * routing.weights.unsqueeze(-1)).sum(1).mean(0)
-        losses.append(experts * (share * probability).sum())
-    return torch.stack(losses).mean()

@@ -25,7 +25,8 @@ from dipole.diffusion import EDM, DenoisingObjective, LogLogistic, NetworkDenois
 from dipole.diffusion.guidance import random_drop
 from dipole.diffusion.tensors import Random, randn
 from dipole.errors import DipoleError
-from dipole.networks.moe import MoDE, MoDEConfig, Routing, load_balance
+from dipole.networks.moe import MoDE, MoDEConfig
+from dipole.networks.routing import Routing, load_balance
 from dipole.policies.common import Configured
 from dipole.policies.config import NormalizationMode, SamplerConfig, check_horizons
 from dipole.policies.encoder import image_to_float

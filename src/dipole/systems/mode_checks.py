@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipole.diffusion import EDM
-from dipole.networks.moe import MoDE, MoDEConfig, Routing, load_balance
+from dipole.networks.moe import MoDE, MoDEConfig
+from dipole.networks.routing import Routing, load_balance
 from dipole.systems.card import Claim, Margin, Measure
 
 _SIZE: dict[str, Any] = {"embed_dim": 64, "num_layers": 4, "num_heads": 4}

@@ -9,7 +9,7 @@ of that. Weights are copied: pack again after they change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -132,24 +132,30 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 4, 
     Raises:
         DipoleError: The network is of another kind, or not on a CPU, or the packed one computes something else.
     """
-    from dipole.networks.mlp import MLP
-    from dipole.networks.unet1d import UNet1D
     from dipole.realtime.packed_compiled import CompiledNetwork
-    from dipole.realtime.packed_mlp import PackedMLP
-    from dipole.realtime.packed_unet1d import PackedUNet1D
 
     parameter = next(network.parameters())
     if parameter.device.type != "cpu":
         raise DipoleError(f"back end 'packed' is for CPUs, the policy is on {parameter.device}: use 'compile'")
     if parameter.dtype != torch.float32:
         raise DipoleError(f"back end 'packed' packs float32 weights, these are {parameter.dtype}: load them as float32")
-    kinds: dict[type[nn.Module], Any] = {UNet1D: PackedUNet1D, MLP: PackedMLP}
-    if type(network) not in kinds:
+    body = packed_body(network, dtype, 0 if compiled else rows)
+    if body is None:
         raise DipoleError(
             f"back end 'packed' knows U-Nets and MLPs, not {type(network).__name__}: use 'eager' or 'compile'"
         )
-    body: PackedNetwork = kinds[type(network)](network, dtype, 0 if compiled else rows)
     return Packed(CompiledNetwork(body) if compiled else body, network.branches).eval()
+
+
+def packed_body(network: nn.Module, dtype: torch.dtype, rows: int) -> PackedNetwork | None:
+    """Return the packed form of a network, None if it has none; `rows`: see `pack`, 0 for a compiler to lay out."""
+    from dipole.networks.mlp import MLP
+    from dipole.networks.unet1d import UNet1D
+    from dipole.realtime.packed_mlp import PackedMLP
+    from dipole.realtime.packed_unet1d import PackedUNet1D
+
+    kinds: dict[type[nn.Module], Callable[..., PackedNetwork]] = {UNet1D: PackedUNet1D, MLP: PackedMLP}
+    return kinds[type(network)](network, dtype, rows) if type(network) in kinds else None
 
 
 def check(packed: Packed, network: nn.Module, dtype: torch.dtype, shape: tuple[int, ...], cond: Any) -> float:

@@ -1,10 +1,11 @@
 """Back end `whole-chunk`: all denoising steps of a chunk compiled into one graph, without Python between them.
 
-The graph is that of an export (`export_plan`, `export_graphs`), compiled ahead of time for this processor and kept in
-memory: one for a single row and one for any other number of rows, made when they are first needed. U-Nets and MLPs are
-captured in their packed form (`dipole.realtime.packed`), in which what depends on the level alone is a constant of the
-graph. Noise that the steps draw is drawn before, from the same generators in the same order. Weights are copied:
-prepare again after they change.
+The graph is that of an export (`export_plan`, `export_graphs`) for one row, compiled for this processor when the first
+chunk is asked for, which takes a quarter of a minute or more, and kept in memory. Several rows go through it one after
+the other: a row's chunk does not depend on the batch it is in, and there is never another size to wait for. U-Nets and
+MLPs are captured in their packed form (`dipole.realtime.packed`), in which what depends on the level alone is a
+constant of the graph. Noise that the steps draw is drawn before, from the same generators in the same order. Weights
+are copied: prepare again after they change.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dipole.errors import DipoleError
 from dipole.policies.diffusion_policy import DiffusionPolicy
 from dipole.realtime.export_graphs import at_level, capture, first_line, quiet, run_plan
 from dipole.realtime.export_plan import Plan, make_plan, plan_of
-from dipole.realtime.packed import PackedNetwork
+from dipole.realtime.packed import PackedNetwork, packed_body
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Compiled against captured, relative to the largest action: rounding is 1e-6 and 2e-2.
@@ -52,9 +53,10 @@ class ChunkGraph(nn.Module):
         """Return `[B, Tp, Da]` from sample 0, the noise `[B, S, Tp, Da]` if steps draw any, and conditioning sets."""
         noise = None if self.plan.deterministic else rest[0]
         cond = dict(zip(self.names, rest[-len(self.names) :], strict=True))
-        return run_plan(self.plan, self._calls(cond), start, noise)
+        return run_plan(self.plan, self.calls(cond), start, noise)
 
-    def _calls(self, cond: dict[str, Tensor]) -> Callable[[int, Tensor], Tensor]:
+    def calls(self, cond: dict[str, Tensor]) -> Callable[[int, Tensor], Tensor]:
+        """Return `call(k, x)`, the network's output `[B, Tp, Da]` at the level of step k."""
         network = self.network
         if isinstance(network, nn.Module):
             # `forward` itself: hooks that count calls would count the capturing.
@@ -76,7 +78,7 @@ class WholeChunk:
     def __init__(self, policy: DiffusionPolicy, dtype: torch.dtype) -> None:
         self.denoiser, self.dtype = policy.denoiser, dtype
         self.names = tuple(policy.encoder.cond_dims)
-        self.network = packed_body(policy.network, dtype) or policy.network
+        self.network = packed_body(policy.network, dtype, 0) or policy.network
         self._plans: dict[Any, Plan] = {}
         self._graphs: dict[Any, Callable[..., Tensor]] = {}
 
@@ -108,25 +110,19 @@ class WholeChunk:
         if key not in self._plans:
             self._plans[key] = plan_of(self.denoiser, process, levels, kernel)
         plan = self._plans[key]
-        arguments = (init, *_noise(plan, init, generator), *(cond[name] for name in self.names))
-        shapes = tuple(argument.shape[1:] for argument in arguments)
-        graph = self._graphs.get((key, len(init) == 1, shapes))
-        if graph is None:
-            graph = compiled(ChunkGraph(self.network, plan, self.names), arguments, self.dtype)
-            self._graphs[key, len(init) == 1, shapes] = graph
-        return graph(*arguments)
+        # The graph reads memory as it was laid out when it was compiled, and does not look how it is now.
+        arguments = [argument.contiguous() for argument in (init, *_noise(plan, init, generator), *self._sets(cond))]
+        layout = (key, torch.get_num_threads(), *((argument.shape[1:], argument.dtype) for argument in arguments))
+        if layout not in self._graphs:
+            first = tuple(argument[:1] for argument in arguments)
+            self._graphs[layout] = compiled(ChunkGraph(self.network, plan, self.names), first, self.dtype)
+        graph = self._graphs[layout]
+        if len(init) == 1:
+            return graph(*arguments)
+        return torch.cat([graph(*(argument[row : row + 1] for argument in arguments)) for row in range(len(init))])
 
-
-def packed_body(network: nn.Module, dtype: torch.dtype) -> PackedNetwork | None:
-    """Return a network in its packed form, the layout of weights left to the compiler; None if it has no such form."""
-    from dipole.networks.mlp import MLP
-    from dipole.networks.unet1d import UNet1D
-    from dipole.realtime.packed_mlp import PackedMLP
-    from dipole.realtime.packed_unet1d import PackedUNet1D
-
-    kinds: dict[type[nn.Module], Any] = {UNet1D: PackedUNet1D, MLP: PackedMLP}
-    kind = kinds.get(type(network))
-    return None if kind is None else kind(network, dtype, 0)
+    def _sets(self, cond: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(cond[name] for name in self.names)
 
 
 def _noise(plan: Plan, init: Tensor, generator: Random) -> tuple[Tensor, ...]:
@@ -137,7 +133,7 @@ def _noise(plan: Plan, init: Tensor, generator: Random) -> tuple[Tensor, ...]:
 
 
 def compiled(graph: nn.Module, arguments: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Return a graph compiled for one row, or for any other number of rows, as `arguments` have it.
+    """Return a graph compiled for arguments of these shapes.
 
     Raises:
         DipoleError: It cannot be compiled, or computes something else then.
@@ -146,7 +142,7 @@ def compiled(graph: nn.Module, arguments: tuple[Tensor, ...], dtype: torch.dtype
         with quiet(), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             # Constants of inference mode could not be captured.
             examples = tuple(argument.clone() for argument in arguments)
-            program = capture(graph, examples, symbolic=len(examples[0]) > 1)
+            program = capture(graph, examples, symbolic=False)
             package = torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(Path(folder) / "chunk.pt2"),
@@ -182,7 +178,7 @@ def whole_chunk(policy: Any, precision: str) -> WholeChunk:
         raise DipoleError(f"back end 'whole-chunk' is for CPUs, the policy is on {parameter.device}: use 'cuda-graph'")
     if parameter.dtype != torch.float32:
         raise DipoleError(f"back end 'whole-chunk' compiles float32 weights, these are {parameter.dtype}: use 'eager'")
-    if precision not in DTYPES or (precision == "bf16" and packed_body(policy.network, torch.bfloat16) is None):
+    if precision not in DTYPES or (precision == "bf16" and packed_body(policy.network, torch.bfloat16, 0) is None):
         raise DipoleError(f"back end 'whole-chunk' has no {precision} for this network: use fp32")
     need_compiler("back end 'whole-chunk'", "use the back end 'packed' or 'eager'")
     calls = len(make_plan(policy).steps)

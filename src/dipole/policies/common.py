@@ -17,8 +17,26 @@ from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State, reset_rows
 
 
-class Configured:
-    """Horizons as `self.config` has them, and no memory; a policy that differs says so."""
+class Chunked:
+    """Which actions of a chunk are due, and no memory; a policy that differs says so."""
+
+    def initial_state(self, batch: int) -> State:
+        """Return an empty state: this policy remembers nothing."""
+        return {}
+
+    def reset(self, state: State, mask: Tensor) -> State:
+        """Return the state with the rows where `mask` (`[B]`, bool) is true at the start of an episode."""
+        return reset_rows(state, self.initial_state(len(mask)), mask)
+
+    def executed(self: Any, x0: Tensor) -> Tensor:
+        """Return the actions of a normalised chunk `[B, Tp, Da]` that are due: `[B, Ta, Da]`, physical units."""
+        first = self.obs_horizon - 1
+        chunk: Tensor = self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon])
+        return chunk
+
+
+class Configured(Chunked):
+    """Horizons as `self.config` has them; a policy that differs says so."""
 
     config: Any
 
@@ -42,14 +60,6 @@ class Configured:
         """Return Da."""
         return int(self.config.action.shape[0])
 
-    def initial_state(self, batch: int) -> State:
-        """Return an empty state: this policy remembers nothing."""
-        return {}
-
-    def reset(self, state: State, mask: Tensor) -> State:
-        """Return the state with the rows where `mask` (`[B]`, bool) is true at the start of an episode."""
-        return reset_rows(state, self.initial_state(len(mask)), mask)
-
     def check_observation(self, obs: Observation) -> None:
         """Raise DipoleError when a feature is missing or has another shape than in training (pictures: any size)."""
         for key, feature in self.config.observation.items():
@@ -66,6 +76,41 @@ class Configured:
                 )
 
 
+class Forwarding(Chunked):
+    """Horizons and statistics of the policy within, for a policy that is made of another one."""
+
+    @property
+    def inner(self) -> Any:
+        """Return the policy within."""
+        raise TypeError(f"{type(self).__name__} does not say which policy is within")
+
+    @property
+    def obs_horizon(self) -> int:
+        """Return To."""
+        return int(self.inner.obs_horizon)
+
+    @property
+    def pred_horizon(self) -> int:
+        """Return Tp."""
+        return int(self.inner.pred_horizon)
+
+    @property
+    def action_horizon(self) -> int:
+        """Return Ta."""
+        return int(self.inner.action_horizon)
+
+    @property
+    def action_dim(self) -> int:
+        """Return Da."""
+        return int(self.inner.action_dim)
+
+    @property
+    def normalizer(self) -> Normalizer:
+        """Return the statistics of every feature."""
+        normalizer: Normalizer = self.inner.normalizer
+        return normalizer
+
+
 class Denoising(Configured):
     """Acts by denoising a chunk of which the actions from now on are executed.
 
@@ -74,7 +119,6 @@ class Denoising(Configured):
     """
 
     run_sampler: Callable[..., Tensor] = staticmethod(sample)
-    normalizer: Normalizer
     sampler: SamplerConfig
     encode: Callable[[Observation], dict[str, Tensor]]
 
@@ -88,9 +132,7 @@ class Denoising(Configured):
     ) -> tuple[Tensor, State]:
         """Return `(chunk [B, Ta, Da] in physical units, state)`; see `Policy.act`."""
         self.check_observation(obs)
-        x0 = self.denoise(self.encode(obs), noise, generator)
-        first = self.obs_horizon - 1
-        return self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon]), state
+        return self.executed(self.denoise(self.encode(obs), noise, generator)), state
 
     def denoise(
         self,
@@ -115,11 +157,30 @@ class Denoising(Configured):
         levels = self.sampler.levels(process)
         first = next(iter(cond.values()))
         shape = (first.shape[0], self.pred_horizon, self.action_dim)
-        if noise is None:
-            init = initial_noise(process, levels, shape, generator, like=first)
-        elif tuple(noise.shape) != shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
-        else:
-            init = noise * expand(process.prior_std(levels[0]), noise).to(noise)
+        init = starting_point(process, levels, shape, noise, generator, first)
         kernel = self.sampler.build()
         return self.run_sampler(denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options)
+
+
+def starting_point(
+    process: Process, levels: Tensor, shape: tuple[int, ...], noise: Tensor | None, generator: Random, like: Tensor
+) -> Tensor:
+    """Return what denoising starts from, `shape`: noise as wide as the first level has it.
+
+    Args:
+        process: The process sampled in.
+        levels: The levels visited.
+        shape: `(B, Tp, Da)`.
+        noise: Standard normal, of that shape; None to draw it.
+        generator: Source of randomness.
+        like: Tensor that gives dtype and device of what is drawn.
+
+    Raises:
+        ValueError: The noise has another shape.
+    """
+    if noise is None:
+        drawn: Tensor = initial_noise(process, levels, shape, generator, like=like)  # type: ignore[assignment]
+        return drawn
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
+    return noise * expand(process.prior_std(levels[0]), noise).to(noise)

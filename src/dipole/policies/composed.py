@@ -76,7 +76,7 @@ class ComposedPolicy(Denoising, nn.Module):
         return self.config.weights
 
     @property
-    def normalizer(self) -> Normalizer:  # type: ignore[override]
+    def normalizer(self) -> Normalizer:
         """Return the first parent's statistics, whose normalised actions are denoised."""
         normalizer: Normalizer = self.parents[0].normalizer  # type: ignore[assignment]
         return normalizer

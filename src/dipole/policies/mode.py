@@ -250,8 +250,7 @@ class ModePolicy(Configured, nn.Module):
         levels = self.sampler.levels(process)
         init = noise * float(process.prior_std(levels[0]))
         x0 = sample(self.denoiser, process, levels, self.sampler.build(), cond=cond, init=init, generator=generator)
-        first = self.obs_horizon - 1
-        return self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon]), state
+        return self.executed(x0), state
 
 
 def _module_name(key: str) -> str:

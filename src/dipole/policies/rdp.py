@@ -23,10 +23,9 @@ from dipole import networks
 from dipole.data.fast_windows import FAST_PREFIX, FastWindows
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion import NetworkDenoiser, sample
-from dipole.diffusion.samplers import initial_noise
-from dipole.diffusion.tensors import Random, expand
+from dipole.diffusion.tensors import Random
 from dipole.networks.action_codec import ActionCodec
-from dipole.policies.common import Configured
+from dipole.policies.common import Configured, starting_point
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.policies.rdp_config import RdpConfig
@@ -181,12 +180,7 @@ class RdpPolicy(Configured, nn.Module):
         cond = self.encode(obs)
         levels = self.sampler.levels(self.process)
         shape = (len(cond["obs"]), *self.codec.latent_shape)
-        if noise is None:
-            init = initial_noise(self.process, levels, shape, generator, like=cond["obs"])
-        elif tuple(noise.shape) != shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape}")
-        else:
-            init = noise * expand(self.process.prior_std(levels[0]), noise).to(noise)
+        init = starting_point(self.process, levels, shape, noise, generator, cond["obs"])
         objective = self.config.objective
         denoiser = NetworkDenoiser(self.network, self.process, objective.prediction_type, objective.sigma_data)
         x0: Tensor = sample(

@@ -9,17 +9,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from dipole.data.normalizer import Normalizer
 from dipole.diffusion import Denoiser, Process
 from dipole.diffusion.tensors import Random
 from dipole.errors import DipoleError
+from dipole.policies.common import Forwarding
 from dipole.policies.config import SamplerConfig
-from dipole.policies.policy import Observation, State, reset_rows
+from dipole.policies.policy import Observation, State
 
 _NEEDED = ("encode", "denoise", "denoiser", "process", "sampler", "normalizer", "with_sampler", "check_observation")
 
 
-class RealtimePolicy(nn.Module):
+class RealtimePolicy(Forwarding, nn.Module):
     """A trained policy run by a method. Methods are subclasses with `initial_state` and `act`.
 
     Attributes:
@@ -40,29 +40,14 @@ class RealtimePolicy(nn.Module):
         self.options = options
 
     @property
+    def inner(self) -> Any:
+        """Return the policy that was trained."""
+        return self.policy
+
+    @property
     def config(self) -> Any:
         """Return the configuration of the policy."""
         return self.policy.config
-
-    @property
-    def obs_horizon(self) -> int:
-        """Return To."""
-        return int(self.policy.obs_horizon)
-
-    @property
-    def pred_horizon(self) -> int:
-        """Return Tp."""
-        return int(self.policy.pred_horizon)
-
-    @property
-    def action_horizon(self) -> int:
-        """Return Ta."""
-        return int(self.policy.action_horizon)
-
-    @property
-    def action_dim(self) -> int:
-        """Return Da."""
-        return int(self.policy.action_dim)
 
     @property
     def type_name(self) -> str:
@@ -74,12 +59,6 @@ class RealtimePolicy(nn.Module):
         """Return the denoising network."""
         network: nn.Module = self.policy.network
         return network
-
-    @property
-    def normalizer(self) -> Normalizer:
-        """Return the statistics of every feature."""
-        normalizer: Normalizer = self.policy.normalizer
-        return normalizer
 
     @property
     def process(self) -> Process:
@@ -111,20 +90,11 @@ class RealtimePolicy(nn.Module):
         """Return the state at the start of `batch` episodes."""
         raise TypeError(f"{type(self).__name__} does not say what it remembers")
 
-    def reset(self, state: State, mask: Tensor) -> State:
-        """Return the state with the rows where `mask` (`[B]`, bool) is true at the start of an episode."""
-        return reset_rows(state, self.initial_state(len(mask)), mask)
-
     def encode(self, obs: Observation) -> dict[str, Tensor]:
         """Return the conditioning for raw observations, checked."""
         self.policy.check_observation(obs)
         cond: dict[str, Tensor] = self.policy.encode(obs)
         return cond
-
-    def executed(self, x0: Tensor) -> Tensor:
-        """Return the actions of a normalised chunk `[B, Tp, Da]` that are due: `[B, Ta, Da]`, physical units."""
-        first = self.obs_horizon - 1
-        return self.normalizer.denormalize("action", x0[:, first : first + self.action_horizon])
 
     def _empty_chunks(self, batch: int) -> Tensor:
         like = self.normalizer.affine("action")[0]  # a packed network has no parameters to ask

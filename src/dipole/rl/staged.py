@@ -15,8 +15,8 @@ from dipole.data.normalizer import Normalizer
 from dipole.diffusion import sample
 from dipole.diffusion.denoiser import Denoiser
 from dipole.diffusion.process_view import ProcessView
-from dipole.diffusion.samplers import initial_noise
-from dipole.diffusion.tensors import Random, expand
+from dipole.diffusion.tensors import Random
+from dipole.policies.common import starting_point
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
@@ -112,10 +112,7 @@ class StagedPolicy(Wrapping, nn.Module):
         levels = self.sampler.levels(process)
         first = next(iter(cond.values()))
         shape = (first.shape[0], self.pred_horizon, self.action_dim)
-        if noise is None:
-            init = initial_noise(process, levels, shape, generator, like=first)
-        else:
-            init = noise * expand(process.prior_std(levels[0]), noise).to(noise)
+        init = starting_point(process, levels, shape, noise, generator, first)
         kernel = self.sampler.build()
         x0: Tensor = sample(denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options)
         return x0
@@ -125,6 +122,4 @@ class StagedPolicy(Wrapping, nn.Module):
         self, obs: Observation, state: State, noise: Tensor | None = None, generator: Random = None
     ) -> tuple[Tensor, State]:
         """Return `(chunk [B, Ta, Da] in physical units, state)`."""
-        chunk = self.denoise(self.encode(obs), noise, generator)
-        first = self.obs_horizon - 1
-        return self.normalizer.denormalize("action", chunk[:, first : first + self.action_horizon]), state
+        return self.executed(self.denoise(self.encode(obs), noise, generator)), state

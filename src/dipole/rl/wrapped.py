@@ -13,8 +13,8 @@ from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.tensors import Random
 from dipole.policies.checkpoint import policy_class
+from dipole.policies.common import Forwarding
 from dipole.policies.config import SamplerConfig
-from dipole.policies.policy import State, reset_rows
 from dipole.serialization import from_dict, to_dict
 
 
@@ -49,37 +49,16 @@ def observation_of(values: dict[str, Any]) -> dict[str, Feature]:
     return found
 
 
-class Wrapping:
-    """Forwards horizons, normalizer and encoding to `self.base`, a policy without memory."""
+class Wrapping(Forwarding):
+    """What a policy over `self.base`, a policy without memory, shares with the others."""
 
     base: Any
     sampler: SamplerConfig
 
     @property
-    def normalizer(self) -> Normalizer:
-        """Return the base's statistics."""
-        normalizer: Normalizer = self.base.normalizer
-        return normalizer
-
-    @property
-    def obs_horizon(self) -> int:
-        """Return To."""
-        return int(self.base.obs_horizon)
-
-    @property
-    def pred_horizon(self) -> int:
-        """Return Tp."""
-        return int(self.base.pred_horizon)
-
-    @property
-    def action_horizon(self) -> int:
-        """Return Ta."""
-        return int(self.base.action_horizon)
-
-    @property
-    def action_dim(self) -> int:
-        """Return Da."""
-        return int(self.base.action_dim)
+    def inner(self) -> Any:
+        """Return the base."""
+        return self.base
 
     def with_sampler(self, sampler: SamplerConfig) -> Self:
         """Return a policy with the same weights and another sampler (what was learnt, was learnt with its own)."""
@@ -89,18 +68,7 @@ class Wrapping:
 
     def denoised(self, cond: dict[str, Tensor], noise: Tensor, generator: Random = None) -> Tensor:
         """Return what the base makes of `noise` `[B, Tp, Da]`: its executed part `[B, Ta, Da]`, in physical units."""
-        chunk = self.base.with_sampler(self.sampler).denoise(cond, noise, generator)
-        first = self.obs_horizon - 1
-        executed: Tensor = self.normalizer.denormalize("action", chunk[:, first : first + self.action_horizon])
-        return executed
-
-    def initial_state(self, batch: int) -> State:
-        """Return an empty state."""
-        return {}
-
-    def reset(self, state: State, mask: Tensor) -> State:
-        """Return the state with some rows reset."""
-        return reset_rows(state, self.initial_state(len(mask)), mask)
+        return self.executed(self.base.with_sampler(self.sampler).denoise(cond, noise, generator))
 
     def features(self, obs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the flattened conditioning `[B, F]`, and the conditioning."""

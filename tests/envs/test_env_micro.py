@@ -1,5 +1,6 @@
 """The micro environments: their rules, their demonstrators, and SlotPeg's exact ceilings."""
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -218,6 +219,30 @@ def test_multi8_shows_everything_needed():
     np.testing.assert_allclose(place, multi8.place_to_touch(state["discs"], state["task"]), atol=1e-3)
     assert len(env.spec.tasks) == 8
     assert len(np.unique(task)) == 8
+
+
+def test_pendulum_is_gymnasiums():
+    env, theirs = make("micro/pendulum"), gymnasium.make("Pendulum-v1").unwrapped
+    obs = env.reset([0], [5])["observation.state"][0]
+    theirs.reset(seed=0)
+    state = env.state([0])
+    theirs.state = np.array([state["angle"][0], state["speed"][0]])
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        torque = rng.uniform(-2.5, 2.5, 1)
+        wanted, reward, *_ = theirs.step(torque)
+        result = env.step(torque[None], [0])
+        obs = result.obs["observation.state"][0]
+        # ours is stored in single precision
+        assert np.allclose(obs, wanted, atol=1e-5)
+        assert result.reward[0] == pytest.approx(reward, rel=1e-5)
+
+
+def test_pendulum_demonstrator_is_weak():
+    _, length, total, _ = demonstrate("micro/pendulum", 64)
+    assert (length == 200).all()
+    # the pole hangs in most episodes: far from the -150 of one that is held up
+    assert total.mean() < -600
 
 
 def test_two_goal_demonstrations_split_four_to_one():

@@ -1,5 +1,6 @@
 """EXPO's exact checks: the choice, its special cases, the scaled density, and who gets gradients."""
 
+import collections
 import dataclasses
 import math
 
@@ -123,6 +124,15 @@ def test_uniform_warm_up_is_within_the_bounds():
     chunk = learner.decide(torch.randn(500, 2), torch.Generator().manual_seed(0)).chunk
     assert chunk.abs().max() <= 1.5 + 1e-5
     assert chunk.abs().max() > 1.45
+
+
+def test_a_round_is_some_updates_of_the_critics_and_one_of_base_and_edit():
+    learner, counts = learner_of(rounds=3), collections.Counter()
+    for name, optimizer in learner.optimizers.items():
+        optimizer.register_step_post_hook(lambda *_, name=name: counts.update([name]))
+    learner.iterate(0)
+    learnt = SMALL.decisions - SMALL.warmup + 1  # the last decision of the warm-up fills the buffer enough
+    assert counts == {"critics": 3 * 2 * learnt, **dict.fromkeys(("base", "edit", "temperature"), 3 * learnt)}
 
 
 def test_offline_to_online():

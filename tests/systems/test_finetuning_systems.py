@@ -14,17 +14,22 @@ def tiny(monkeypatch, one_worker):
     """Experiments too small to show anything, that run every line."""
     monkeypatch.setattr(finetuning, "TRAINING", {**finetuning.TRAINING, "steps": 2, "batch_size": 8})
     monkeypatch.setattr(finetuning, "NETWORK", MLPConfig(width=16, num_blocks=1, context_width=8))
-    monkeypatch.setattr(finetuning, "DEMONSTRATIONS", {finetuning.TWO_GOAL: 6, finetuning.SLOT_PEG: 2})
-    few = {"env_steps": 100, "num_envs": 3, "eval_episodes": 2}
+    few = {finetuning.TWO_GOAL: 6, finetuning.SLOT_PEG: 2, finetuning.PENDULUM: 2}
+    for module in (finetuning, expo):
+        monkeypatch.setattr(module, "DEMONSTRATIONS", few)
+    short = {"env_steps": 100, "num_envs": 3, "eval_episodes": 2}
     for module in (dppo, dsrl, expo, reinflow, resip):
         monkeypatch.setattr(module, "SEEDS", (0, 1))
         monkeypatch.setattr(module, "EPISODES", 3)
-        monkeypatch.setattr(module, "RUN", few)
-    monkeypatch.setattr(expo, "DATA", 6)
+    for module in (dppo, dsrl, reinflow, resip):
+        monkeypatch.setattr(module, "RUN", short)
+    monkeypatch.setattr(expo, "TWO_GOAL_RUN", short)
+    monkeypatch.setattr(expo, "PENDULUM_RUN", {**short, "eval_every": 100})  # its episodes are long
     monkeypatch.setattr(dsrl, "ATTEMPTS", 2)
     monkeypatch.setattr(dsrl, "episode_seeds", lambda first, count: list(range(first, first + 3)))
     less = {"hidden": [8, 8], "warmup": 2, "updates": 1, "decisions": 4, "batch_size": 8}
     monkeypatch.setattr(dsrl, "METHOD", {**dsrl.METHOD, **less})
+    monkeypatch.setattr(expo, "TWO_GOAL_METHOD", {**expo.TWO_GOAL_METHOD, **less})
     monkeypatch.setattr(expo, "VARIANTS", {name: {**values, **less} for name, values in expo.VARIANTS.items()})
     monkeypatch.setattr(resip, "METHOD", {**resip.METHOD, "steps": 8, "epochs": 1})
 

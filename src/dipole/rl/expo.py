@@ -47,7 +47,8 @@ class EXPOConfig:
         gamma: Discount of a decision.
         tau: Step of the target critics, and of the averaged base that acts.
         base_tau: Step of that average.
-        updates: G, critic updates per decision of all rows together; then one update of base and edit.
+        updates: G, critic updates in a round; then one update of base and edit.
+        rounds: Per decision of all rows together. The authors have one row: as many rounds as rows are theirs.
         warmup: Decisions of all rows together before learning.
         warmup_actions: Taken meanwhile: the base's, or uniform in the environment's bounds.
         decisions: Decisions of all rows together in an iteration.
@@ -71,6 +72,7 @@ class EXPOConfig:
     tau: float = 0.005
     base_tau: float = 0.001
     updates: int = 20
+    rounds: int = 1
     warmup: int = 5000
     warmup_actions: Literal["base", "uniform"] = "uniform"
     decisions: int = 100
@@ -176,12 +178,13 @@ class EXPO:
 
     def _learn(self) -> dict[str, float]:
         figures: dict[str, float] = {}
-        for _ in range(self.config.updates):
-            batch = self._batch()
-            figures |= self.update_critics(batch)
-        figures |= self.update_base(batch)
-        if self.config.edit_scale > 0:
-            figures |= self.update_edit(batch)
+        for _ in range(self.config.rounds):
+            for _ in range(self.config.updates):
+                batch = self._batch()
+                figures |= self.update_critics(batch)
+            figures |= self.update_base(batch)
+            if self.config.edit_scale > 0:
+                figures |= self.update_edit(batch)
         return figures
 
     def _random(self, use: str) -> Generator:

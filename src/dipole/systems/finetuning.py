@@ -25,11 +25,11 @@ from dipole.systems.run import Run
 from dipole.training import read_metrics
 from dipole.training.config import TrainConfig
 
-TWO_GOAL, SLOT_PEG = "micro/two_goal", "micro/slot_peg"
+TWO_GOAL, SLOT_PEG, PENDULUM = "micro/two_goal", "micro/slot_peg", "micro/pendulum"
 NETWORK = MLPConfig(width=128, num_blocks=3, context_width=64)
 TRAINING: dict[str, Any] = {"steps": 1500, "batch_size": 128, "lr": 1e-3, "ema_decay": 0.995, "precision": "fp32"}
-DEMONSTRATIONS = {TWO_GOAL: 200, SLOT_PEG: 50}
-CHUNK = {TWO_GOAL: 4, SLOT_PEG: 16}
+DEMONSTRATIONS = {TWO_GOAL: 200, SLOT_PEG: 50, PENDULUM: 20}
+CHUNK = {TWO_GOAL: 4, SLOT_PEG: 16, PENDULUM: 1}
 
 
 @lru_cache(maxsize=4)
@@ -75,6 +75,8 @@ def improve(
 ) -> dict[str, Any]:
     """Fine-tune and return `success` of the last policy on fresh seeds, its `curve`, `seconds` and `env_steps`.
 
+    The curve is of the environment's score: success, or the return where there is none.
+
     Args:
         policy: The base.
         env: Environment.
@@ -92,7 +94,7 @@ def improve(
             policy, env, method, method_config(method, settings), config, out, offline=offline, env_options=env_options
         )
         rows = read_metrics(out)
-    curve = [[row["step"], row["eval/success"]] for row in rows if "eval/success" in row]
+    curve = [[row["step"], row["eval/score"]] for row in rows if "eval/score" in row]
     return {
         "success": success(result.policy, env, judge) if isinstance(judge, int) else judge(result.policy),
         "curve": curve,
@@ -123,12 +125,12 @@ def area(curve: Sequence[Sequence[float]]) -> float:
     return float(np.trapezoid(values, steps) / (steps[-1] - steps[0]))
 
 
-def plot_curves(run: Run, parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Draw the success of every seed of every variant against env steps."""
-    with run.plot("success") as axes:
+def plot_curves(run: Run, parts: Mapping[str, Sequence[Mapping[str, Any]]], score: str = "success") -> None:
+    """Draw the score of every seed of every variant against env steps."""
+    with run.plot(score) as axes:
         for colour, (variant, found) in enumerate(parts.items()):
             for k, part in enumerate(found):
                 axes.plot(*np.array(part["curve"]).T, ".-", color=f"C{colour}", label=variant if k == 0 else None)
         axes.set_xlabel("env steps")
-        axes.set_ylabel("success")
+        axes.set_ylabel(score)
         axes.legend()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dipole.envs.experts.expert import Collecting, Expert
-from dipole.envs.micro import fork2d, grip2d, lanes, multi8, play4, slot_peg, track2d, two_goal, wipe
+from dipole.envs.micro import fork2d, grip2d, lanes, multi8, pendulum, play4, slot_peg, track2d, two_goal, wipe
 from dipole.envs.micro.demonstrator import Demonstrator, NativeExpert
 from dipole.envs.micro.task import MicroTask, NativeVector
 
-_MODULES = (fork2d, track2d, grip2d, wipe, lanes, play4, multi8, two_goal, slot_peg)
+_MODULES = (fork2d, track2d, grip2d, wipe, lanes, play4, multi8, two_goal, slot_peg, pendulum)
 _MICRO: dict[str, type[MicroTask]] = {
     fork2d.NAME: fork2d.Fork2D,
     track2d.NAME: track2d.Track2D,
@@ -20,6 +20,7 @@ _MICRO: dict[str, type[MicroTask]] = {
     multi8.NAME: multi8.Multi8,
     two_goal.NAME: two_goal.TwoGoal,
     slot_peg.NAME: slot_peg.SlotPeg,
+    pendulum.NAME: pendulum.Pendulum,
 }
 _DEMONSTRATORS: dict[str, type[Demonstrator]] = {
     fork2d.NAME: fork2d.Fork2DExpert,
@@ -31,6 +32,7 @@ _DEMONSTRATORS: dict[str, type[Demonstrator]] = {
     multi8.NAME: multi8.Multi8Expert,
     two_goal.NAME: two_goal.TwoGoalExpert,
     slot_peg.NAME: slot_peg.SlotPegExpert,
+    pendulum.NAME: pendulum.PendulumExpert,
 }
 TASKS = {module.NAME: module.TASK for module in _MODULES}
 EXPERTS = frozenset(TASKS)
@@ -41,6 +43,7 @@ COLLECTING = {
     play4.NAME: Collecting(success_only=False, options={"play": True}),
     two_goal.NAME: Collecting(success_only=False),
     slot_peg.NAME: Collecting(success_only=False),
+    pendulum.NAME: Collecting(success_only=False, steps_after_success=None),
 }
 
 

@@ -45,7 +45,7 @@ from dipole.systems.equal_calls_ways import (
 )
 from dipole.systems.experiment import listed
 from dipole.systems.run import Job, Run
-from dipole.training.distillation import make_student
+from dipole.training.student import make_student
 
 CARD = Card(
     name="equal-calls",
@@ -108,7 +108,8 @@ def gpu(run: Run) -> list[Claim]:
 
 def _jobs(run: Run, task: Task, seed: int) -> list[Job]:
     """Return the parts that play the policies of a task and training seed."""
-    demos, jobs = demos_of(run, task), []
+    demos = demos_of(run, task)
+    jobs: list[Job] = []
     for group, ways in GROUPS.items():
         kinds = sorted({way.kind for way in ways})
         folders = {kind: folder_of(run, task, kind, seed) for kind in kinds}

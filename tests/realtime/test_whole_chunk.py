@@ -123,7 +123,7 @@ def test_who_is_refused(monkeypatch):
         prepare(Other(), "whole-chunk")
     with pytest.raises(DipoleError, match="compiles float32 weights, these are torch.float64"):
         prepare(small_policy().double(), "whole-chunk")
-    with pytest.raises(DipoleError, match="'ddpm' makes 100: use fewer steps, or 'packed'"):
+    with pytest.raises(DipoleError, match="the sampler makes 100: use fewer steps, or 'packed'"):
         prepare(small_policy(sampler=ddpm(100)), "whole-chunk")
     with pytest.raises(DipoleError, match="has no int8 for this network: use fp32"):
         prepare(policy, "whole-chunk", "int8")
@@ -171,6 +171,7 @@ def test_compiled(network):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.slow  # compiles a graph: 12 s of CPU
 def test_compiled_with_noise_drawn_before():
     policy = small_policy(process="flow", sampler=SamplerConfig("ancestral", 2))
     assert differ(policy, prepare(policy, "whole-chunk"), 1) <= ROUNDING

@@ -79,8 +79,7 @@ class WholeChunk:
         self.denoiser, self.dtype = policy.denoiser, dtype
         self.names = tuple(policy.encoder.cond_dims)
         self.network = packed_body(policy.network, dtype, 0) or policy.network
-        self._plans: dict[Any, Plan] = {}
-        self._graphs: dict[Any, Callable[..., Tensor]] = {}
+        self._programs: dict[Any, _Program] = {}
 
     def __call__(
         self,
@@ -99,37 +98,51 @@ class WholeChunk:
         Raises:
             DipoleError: The denoiser is guided, or the graph cannot be compiled.
         """
-        if (denoiser.denoiser if isinstance(denoiser, ProcessView) else denoiser) != self.denoiser:
+        bare = denoiser.denoiser if isinstance(denoiser, ProcessView) else denoiser
+        if bare is not self.denoiser and bare != self.denoiser:
             raise DipoleError("back end 'whole-chunk' compiles the bare network, not a guided one: use 'packed'")
         if options:
             chunk: Tensor = sample(
                 denoiser, process, levels, kernel, cond=cond, init=init, generator=generator, **options
             )
             return chunk
-        key = (process, tuple(levels.tolist()), kernel)
-        if key not in self._plans:
-            self._plans[key] = plan_of(self.denoiser, process, levels, kernel)
-        plan = self._plans[key]
         # The graph reads memory as it was laid out when it was compiled, and does not look how it is now.
-        arguments = [argument.contiguous() for argument in (init, *_noise(plan, init, generator), *self._sets(cond))]
-        layout = (key, torch.get_num_threads(), *((argument.shape[1:], argument.dtype) for argument in arguments))
-        if layout not in self._graphs:
-            first = tuple(argument[:1] for argument in arguments)
-            self._graphs[layout] = compiled(ChunkGraph(self.network, plan, self.names), first, self.dtype)
-        graph = self._graphs[layout]
-        if len(init) == 1:
-            return graph(*arguments)
-        return torch.cat([graph(*(argument[row : row + 1] for argument in arguments)) for row in range(len(init))])
-
-    def _sets(self, cond: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(cond[name] for name in self.names)
+        inputs = [init.contiguous(), *[cond[name].contiguous() for name in self.names]]
+        layout = [(value.shape[1:], value.dtype) for value in inputs]
+        key = (process, kernel, torch.get_num_threads(), *levels.tolist(), *layout)
+        program = self._programs.get(key)
+        if program is None:
+            plan = _limited(plan_of(self.denoiser, process, levels, kernel))
+            program = _Program(ChunkGraph(self.network, plan, self.names), self.dtype)
+            self._programs[key] = program
+        return program(inputs, generator)
 
 
-def _noise(plan: Plan, init: Tensor, generator: Random) -> tuple[Tensor, ...]:
-    """Return the noise of all steps that draw any, `[B, S, Tp, Da]`, drawn as they would draw it one by one."""
-    random = [step for step in plan.steps if step.std > 0]
-    drawn = [randn(tuple(init.shape), generator, like=init) for _ in random]
-    return (torch.stack(drawn, dim=1),) if drawn else ()
+class _Program:
+    """A graph, compiled when it is called first, and what it takes to call it.
+
+    Args:
+        graph: The graph.
+        dtype: What it computes in.
+    """
+
+    def __init__(self, graph: ChunkGraph, dtype: torch.dtype) -> None:
+        self.graph, self.dtype = graph, dtype
+        self.draws = sum(step.std > 0 for step in graph.plan.steps)
+        self.run: Callable[..., Tensor] | None = None
+
+    def __call__(self, inputs: list[Tensor], generator: Random) -> Tensor:
+        """Return `[B, Tp, Da]` for the start `[B, Tp, Da]` and conditioning sets, one row after the other."""
+        start = inputs[0]
+        if self.draws:
+            # As the steps would draw one by one.
+            noise = [randn(tuple(start.shape), generator, like=start) for _ in range(self.draws)]
+            inputs = [start, torch.stack(noise, dim=1), *inputs[1:]]
+        if self.run is None:
+            self.run = compiled(self.graph, tuple(value[:1] for value in inputs), self.dtype)
+        if len(start) == 1:
+            return self.run(*inputs)
+        return torch.cat([self.run(*[value[row : row + 1] for value in inputs]) for row in range(len(start))])
 
 
 def compiled(graph: nn.Module, arguments: tuple[Tensor, ...], dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -181,10 +194,15 @@ def whole_chunk(policy: Any, precision: str) -> WholeChunk:
     if precision not in DTYPES or (precision == "bf16" and packed_body(policy.network, torch.bfloat16, 0) is None):
         raise DipoleError(f"back end 'whole-chunk' has no {precision} for this network: use fp32")
     need_compiler("back end 'whole-chunk'", "use the back end 'packed' or 'eager'")
-    calls = len(make_plan(policy).steps)
-    if calls > _MAX_CALLS:
-        raise DipoleError(
-            f"back end 'whole-chunk' compiles up to {_MAX_CALLS} network calls (each takes seconds), sampler "
-            f"'{policy.sampler.name}' makes {calls}: use fewer steps, or 'packed'"
-        )
+    _limited(make_plan(policy))  # a sampler that cannot make its steps is reported here
     return WholeChunk(policy, DTYPES[precision])
+
+
+def _limited(plan: Plan) -> Plan:
+    """Return a plan that can be compiled in a time worth waiting for."""
+    if len(plan.steps) > _MAX_CALLS:
+        raise DipoleError(
+            f"back end 'whole-chunk' compiles up to {_MAX_CALLS} network calls (each takes seconds), the sampler makes "
+            f"{len(plan.steps)}: use fewer steps, or 'packed'"
+        )
+    return plan

@@ -95,9 +95,9 @@ class Experts(nn.Module):
         counts = chosen.bincount(minlength=len(self.w1)).tolist()
         # Taken apart at once, as every single `w1[expert]` would have a gradient of the size of all experts.
         weights = zip(self.w1.unbind(), self.b1.unbind(), self.w2.unbind(), strict=True)
-        parts = x.index_select(0, order // top_k).split(counts)
+        parts = torch.split(x.index_select(0, order // top_k), counts)
         answers = torch.cat([swish_glu(part, *weight) for part, weight in zip(parts, weights, strict=True)])
-        answers = answers.index_select(0, order.argsort()).unflatten(0, (rows, top_k))
+        answers = answers.index_select(0, order.argsort()).view(rows, top_k, *x.shape[1:])
         mixed = (routing.weights[:, :, None, None] * answers).sum(1)
         dropped: Tensor = self.dropout(mixed)
         return dropped

@@ -215,7 +215,7 @@ def _classic(run: Run, env: str) -> list[Claim]:
 
 def _judged(run: Run, env: str, name: str, lengths: tuple[float, ...]) -> dict[str, Any]:
     """Return the curves of the step that ends highest on other seeds."""
-    config = {"env": env, "name": name}
+    config: dict[str, Any] = {"env": env, "name": name}
     jobs: list[Job] = [
         (
             f"choose-{env}-{name}-{length}",

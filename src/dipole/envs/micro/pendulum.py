@@ -38,7 +38,7 @@ class Pendulum:
 
     def begin(self, rng: np.random.Generator) -> State:
         """Draw an angle anywhere and a small speed."""
-        return {"angle": rng.uniform(-np.pi, np.pi), "speed": rng.uniform(-1, 1)}
+        return {"angle": np.asarray(rng.uniform(-np.pi, np.pi)), "speed": np.asarray(rng.uniform(-1, 1))}
 
     def observe(self, state: State) -> Observation:
         """Return cosine and sine of the angle, and the angular speed `[n, 3]`."""

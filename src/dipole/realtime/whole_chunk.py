@@ -44,6 +44,8 @@ class ChunkGraph(nn.Module):
         names: Of the conditioning sets, in the order of the arguments.
     """
 
+    times: Tensor
+
     def __init__(self, network: nn.Module | PackedNetwork, plan: Plan, names: tuple[str, ...]) -> None:
         super().__init__()
         self.network, self.plan, self.names = network, plan, names

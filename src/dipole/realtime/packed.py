@@ -144,7 +144,8 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, rows: int = 4, 
         raise DipoleError(
             f"back end 'packed' knows U-Nets and MLPs, not {type(network).__name__}: use 'eager' or 'compile'"
         )
-    return Packed(CompiledNetwork(body) if compiled else body, network.branches).eval()
+    branches: Any = network.branches
+    return Packed(CompiledNetwork(body) if compiled else body, branches).eval()
 
 
 def packed_body(network: nn.Module, dtype: torch.dtype, rows: int) -> PackedNetwork | None:

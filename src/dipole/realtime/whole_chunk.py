@@ -170,10 +170,10 @@ def compiled(graph: nn.Module, arguments: tuple[Tensor, ...], dtype: torch.dtype
         raise DipoleError(
             f"back end 'whole-chunk' cannot compile this policy: {first_line(error)} (use 'packed' or 'eager')"
         ) from None
-    error = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error <= _TOLERANCE[dtype]:
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not difference <= _TOLERANCE[dtype]:
         raise DipoleError(
-            f"back end 'whole-chunk' differs from the policy by {error:.1e} of its actions with this torch "
+            f"back end 'whole-chunk' differs from the policy by {difference:.1e} of its actions with this torch "
             f"({torch.__version__}): use the back end 'eager' and report it"
         )
     return run

@@ -5,9 +5,11 @@ make the same steps; they take turns, and each is judged by its fastest run. The
 only, dipole for everything `sample` does. Run it:  python benchmarks/scheduler_overhead.py
 
 The back end `whole-chunk` compiles the steps together with the network, so there is no step to be timed by itself: it
-is what a chunk takes longer than the same calls of the same network do. Both are compiled alike, a small MLP called
-ten times at DDIM's levels: once with the sampler around it, once with each call given the last one's output and nothing
-else. Entering the graph costs the same both times and so does not count; finding it (`WholeChunk`, in Python) does.
+is what a chunk takes longer than the same calls of the same network do. Both are compiled alike, one matrix product
+called ten times at DDIM's levels: once with the sampler around it, once with each call given the last one's output and
+nothing else. Entering the graph costs the same both times and so does not count; finding it (`WholeChunk`, in Python)
+does. (The product cannot be fused with the steps, as little as a network can. With a larger network the difference of
+two long times is lost in their noise.)
 """
 
 from __future__ import annotations
@@ -112,6 +114,17 @@ def _measure(name: str, ours: Callable[[], Any], peer: Callable[[], float], num_
     return {"name": name, "ours": fastest[0], "peer": fastest[1], "ratio": fastest[0] / fastest[1], "unit": "us/step"}
 
 
+class _Product(torch.nn.Module):
+    """A network of one matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(SHAPE[1] * SHAPE[2], SHAPE[1] * SHAPE[2])
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        return self.layer(x.flatten(1)).view_as(x)
+
+
 class _CallsOnly(ChunkGraph):
     """The network's calls of a chunk and nothing else."""
 
@@ -126,6 +139,8 @@ class _CallsOnly(ChunkGraph):
 def _measure_compiled() -> dict[str, Any] | None:
     """Return what the headline's steps cost inside of a compiled graph; None without a compiler."""
     policy = _policy()
+    with torch.inference_mode(False):  # tensors of inference mode cannot be captured
+        policy.network = _Product().eval()
     try:
         chunk = whole_chunk(policy, "fp32")
     except DipoleError as error:
@@ -143,9 +158,12 @@ def _measure_compiled() -> dict[str, Any] | None:
     def bare() -> Any:
         return calls(init, *cond.values())
 
-    for warm_up in (whole, bare, peer):
-        warm_up()
-    turns = [(_seconds(whole), _seconds(bare), peer()) for _ in range(10 * TURNS)]
+    def warm(function: Callable[[], Any]) -> float:
+        function()  # what comes after diffusers' step finds other things in the caches than what comes after itself
+        return _seconds(function)
+
+    peer()
+    turns = [(warm(whole), warm(bare), peer()) for _ in range(10 * TURNS)]
     with_sampler, without, theirs = (min(column) / len(plan.steps) * 1e6 for column in zip(*turns, strict=True))
     ours = with_sampler - without
     name = f"{HEADLINE}, whole-chunk"

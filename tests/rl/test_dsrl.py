@@ -119,7 +119,7 @@ def test_identity_policy_makes_both_variants_plain_sac():
         learner = black_box(Identity(), variant=variant)
         target, actor = learner.modules["target"], learner.actor
         with torch.no_grad():
-            unit, log_prob = actor(batch["next_features"], learner._random("critic"))
+            unit, log_prob = actor(batch["next_features"], learner.random("critic"))
             soft = target(batch["next_features"], 1.5 * unit).amin(0) - log_prob  # alpha is 1 at the start
             wanted = batch["reward"] + 0.99 * (~batch["terminated"]).float() * soft
             q = learner.modules["main"](batch["features"], batch["action"])
@@ -148,7 +148,7 @@ def test_offline_data_are_mixed_in():
     setting = setting_of(policy, offline=demonstrations())
     learner = DSRL(setting, SMALL)
     learner.buffers["online"].add(learner.collector.collect(learner.decide, 4).flat())
-    assert len(learner._batch()["reward"]) == 32
+    assert len(learner.batch()["reward"]) == 32
     with pytest.raises(DipoleError, match="variant=sac learns from noise"):
         DSRL(setting, dataclasses.replace(SMALL, variant="sac"))
 

@@ -52,7 +52,7 @@ def test_without_edits_it_is_best_of_n():
 def test_one_sample_without_edits_in_the_target_is_sarsa_on_the_base():
     learner = learner_of(target_samples=1)
     batch = learner.collector.collect(learner.decide, 4).flat()
-    random = learner._random("critic")
+    random = learner.random("critic")
     chunk = learner.online.chunk(batch["next_features"], generator=random).flatten(1)
     value = learner.modules["target"](batch["next_features"], chunk, learner.heads(random)).amin(0)
     target = batch["reward"] + 0.99 * (~batch["terminated"]).float() * value

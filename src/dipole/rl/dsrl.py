@@ -21,13 +21,13 @@ from torch import Generator, Tensor, nn
 from dipole.diffusion.tensors import randn
 from dipole.errors import DipoleError
 from dipole.rl.actors import TanhGaussian
-from dipole.rl.buffers import Groups, ReplayBuffer, sample_mixed
+from dipole.rl.buffers import Groups, ReplayBuffer
 from dipole.rl.critics import Activation, Critics, follow
 from dipole.rl.experience import Decision
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import Temperature
+from dipole.rl.off_policy import OffPolicy, recorded
 from dipole.rl.steered import SteeredPolicy, spread
-from dipole.training.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DSRLConfig:
     offline_share: float = 0.5
 
 
-class DSRL:
+class DSRL(OffPolicy):
     """The learner; see `dipole.rl.learner.Learner`."""
 
     def __init__(self, setting: Setting, config: DSRLConfig) -> None:
@@ -105,20 +105,11 @@ class DSRL:
             learned["noise"] = self.modules["noise"] = critics(self.noise_dim)
         self.optimizers = {name: torch.optim.Adam(m.parameters(), lr=config.lr) for name, m in learned.items()}
         self.buffers = {"online": ReplayBuffer(config.capacity)}
-        self.offline = self._offline()
+        if setting.offline is not None and config.variant == "sac":
+            raise DipoleError("dsrl with variant=sac learns from noise, which recorded data lack: use variant=na")
+        self.offline = recorded(setting)
         self.values: dict[str, Any] = {"updates": 0, "vector_steps": 0}
         self.collector = setting.collector()
-
-    def _offline(self) -> ReplayBuffer | None:
-        if self.setting.offline is not None and self.config.variant == "sac":
-            raise DipoleError("dsrl with variant=sac learns from noise, which recorded data lack: use variant=na")
-        found = self.setting.offline_transitions()
-        if found is None:
-            return None
-        found["action"] = self.setting.base.executed(found.pop("chunk")).flatten(1)
-        buffer = ReplayBuffer(len(found["reward"]))
-        buffer.add(found)
-        return buffer
 
     def decide(self, features: Tensor, random: Generator) -> Decision:
         """Choose noise (normal during the warm-up), denoise it."""
@@ -139,45 +130,27 @@ class DSRL:
         base = self.setting.base
         return base.chunk(features, spread(noise, base.pred_horizon, base.action_dim), random)
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """Take `decisions` decisions in all rows, learning after each."""
-        sums: dict[str, list[float]] = {}
-        for _ in range(self.config.decisions):
-            self.buffers["online"].add(self.collector.collect(self.decide, 1).flat())
-            if self.values["vector_steps"] < self.config.warmup:
-                continue
-            for key, value in self._learn().items():
-                sums.setdefault(key, []).append(value)
-        return {key: sum(values) / len(values) for key, values in sums.items()}
-
-    def _learn(self) -> dict[str, float]:
+    def learn(self) -> dict[str, float]:
+        """Make the updates that follow a decision of all rows together."""
         figures: dict[str, float] = {}
         if self.config.variant == "na" and self.values["updates"] == 0:
             for _ in range(self.config.distill_updates):
-                self.distil(self._batch())
+                self.distil(self.batch())
         for _ in range(self.config.updates):
-            batch = self._batch()
+            batch = self.batch()
             figures |= self.update_critic(batch)
             figures |= self.update_actor(batch)
         if self.config.variant == "na":
             for _ in range(self.config.distill_updates):
-                figures |= self.distil(self._batch())
+                figures |= self.distil(self.batch())
         return figures
-
-    def _random(self, *use: str) -> Generator:
-        return generator(self.setting.seed, *use, self.values["updates"])
-
-    def _batch(self) -> Groups:
-        self.values["updates"] += 1
-        share, size = self.config.offline_share, self.config.batch_size
-        return sample_mixed(self.buffers["online"], self.offline, size, share, self._random("batch"))
 
     def update_critic(self, batch: Groups) -> dict[str, float]:
         """Take a step of the soft Bellman error: of Q_A(s, a), or with `sac` of Q(s, w)."""
         config, main = self.config, self.modules["main"]
         with torch.no_grad():
             after = batch["next_features"]
-            unit, log_prob = self.actor(after, self._random("critic"))
+            unit, log_prob = self.actor(after, self.random("critic"))
             noise = config.noise_bound * unit
             action = self._denoise(after, noise) if config.variant == "na" else noise
             if config.variant == "na":
@@ -194,7 +167,7 @@ class DSRL:
     def update_actor(self, batch: Groups) -> dict[str, float]:
         """Take a step of the actor on the critic of the noise, and one of the temperature."""
         critic = self.modules["noise" if self.config.variant == "na" else "main"]
-        unit, log_prob = self.actor(batch["features"], self._random("actor"))
+        unit, log_prob = self.actor(batch["features"], self.random("actor"))
         q = critic(batch["features"], self.config.noise_bound * unit).amin(0)
         descend((self.temperature.alpha * log_prob - q).mean(), self.optimizers["actor"])
         descend(self.temperature.loss(log_prob), self.optimizers["temperature"])
@@ -212,7 +185,7 @@ class DSRL:
         return {"distill_loss": float(loss.detach())}
 
     def _distil_noise(self, features: Tensor) -> Tensor:
-        random = self._random("distil")
+        random = self.random("distil")
         noise = randn((len(features), self.noise_dim), random)
         if self.config.distill_noise == "mixed":
             third, bound = len(features) // 3, self.config.noise_bound

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.tensors import Random
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.rl.actors import TanhGaussian
 from dipole.rl.critics import Critics
-from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+from dipole.rl.wrapped import WrappedConfig, Wrapping, base_values
 
 Edit = Callable[[Tensor, Tensor], Tensor]
 """Features `[m, F]` and actions `[m, d]` to edits `[m, d]`."""
@@ -48,7 +47,7 @@ def values(critics: nn.Module, features: Tensor, actions: Tensor, heads: Tensor 
 
 
 @dataclass(frozen=True)
-class EditedConfig:
+class EditedConfig(WrappedConfig):
     """A policy that samples, edits and chooses.
 
     Attributes:
@@ -63,8 +62,6 @@ class EditedConfig:
         critics: Heads.
     """
 
-    base_type: str
-    base: dict[str, Any]
     sampler: SamplerConfig
     feature_dim: int
     samples: int
@@ -73,22 +70,16 @@ class EditedConfig:
     critic_hidden: tuple[int, ...]
     critics: int
 
-    @property
-    def observation(self) -> Mapping[str, Feature]:
-        """Return the features the base sees."""
-        return observation_of(self.base)
 
-
-class EditedPolicy(Wrapping, nn.Module):
+class EditedPolicy(Wrapping):
     """The policy: of N sampled chunks and their edits (the actor's mode) the one its critics value most on average."""
 
     config_class = EditedConfig
     type_name = "edited"
+    config: EditedConfig
 
     def __init__(self, config: EditedConfig, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        self.config, self.sampler = config, config.sampler
-        self.base = build_base(config.base_type, config.base, normalizer)
+        super().__init__(config, normalizer)
         d = self.base.action_horizon * self.base.action_dim
         self.edit = TanhGaussian(config.feature_dim + d, d, config.hidden)
         self.critics: nn.Module = Critics(config.feature_dim, d, config.critic_hidden, config.critics)
@@ -96,11 +87,7 @@ class EditedPolicy(Wrapping, nn.Module):
     @classmethod
     def of(cls, base: Any, edit: TanhGaussian, critics: nn.Module, config: EditedConfig) -> EditedPolicy:
         """Return the policy of these parts, shared and not copied."""
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        policy.config, policy.sampler = config, config.sampler
-        policy.base, policy.edit, policy.critics = base, edit, critics
-        return policy
+        return cls.sharing(base, config, edit=edit, critics=critics)
 
     def _edit(self, features: Tensor, action: Tensor) -> Tensor:
         return self.config.edit_scale * self.edit.mode(torch.cat([features, action], dim=1))

@@ -19,14 +19,14 @@ from torch import Generator, Tensor, nn
 
 from dipole.errors import DipoleError
 from dipole.rl.actors import TanhGaussian
-from dipole.rl.buffers import Groups, ReplayBuffer, sample_mixed
+from dipole.rl.buffers import Groups, ReplayBuffer
 from dipole.rl.critics import Critics, follow
 from dipole.rl.edited import EditedPolicy, candidates, edited_config, values
 from dipole.rl.experience import Decision
 from dipole.rl.learner import Setting, descend
 from dipole.rl.objectives import Temperature
+from dipole.rl.off_policy import OffPolicy, recorded
 from dipole.rl.wrapped import with_network
-from dipole.training.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class EXPOConfig:
     offline_share: float = 0.5
 
 
-class EXPO:
+class EXPO(OffPolicy):
     """The learner; see `dipole.rl.learner.Learner`."""
 
     def __init__(self, setting: Setting, config: EXPOConfig) -> None:
@@ -104,12 +104,7 @@ class EXPO:
         self.online = base.with_policy(with_network(base.policy, network))
         self.acting = base.with_policy(with_network(base.policy, average))
         self.buffers = {"online": ReplayBuffer(config.capacity)}
-        self.offline: ReplayBuffer | None = None
-        found = setting.offline_transitions()
-        if found is not None:
-            found["action"] = base.executed(found["chunk"]).flatten(1)
-            self.offline = ReplayBuffer(len(found["reward"]))
-            self.offline.add(found)
+        self.offline = recorded(setting, chunks=True)
         self.values: dict[str, Any] = {"updates": 0, "vector_steps": 0}
         self.collector = setting.collector()
 
@@ -165,39 +160,21 @@ class EXPO:
         executed = base.executed(chunk)
         return Decision(base.physical(executed), {"action": executed.flatten(1), "chunk": chunk})
 
-    def iterate(self, iteration: int) -> dict[str, float]:
-        """Take `decisions` decisions in all rows, learning after each."""
-        sums: dict[str, list[float]] = {}
-        for _ in range(self.config.decisions):
-            self.buffers["online"].add(self.collector.collect(self.decide, 1).flat())
-            if self.values["vector_steps"] < self.config.warmup:
-                continue
-            for key, value in self._learn().items():
-                sums.setdefault(key, []).append(value)
-        return {key: sum(found) / len(found) for key, found in sums.items()}
-
-    def _learn(self) -> dict[str, float]:
+    def learn(self) -> dict[str, float]:
+        """Make the updates that follow a decision of all rows together."""
         figures: dict[str, float] = {}
         for _ in range(self.config.rounds):
             for _ in range(self.config.updates):
-                batch = self._batch()
+                batch = self.batch()
                 figures |= self.update_critics(batch)
             figures |= self.update_base(batch)
             if self.config.edit_scale > 0:
                 figures |= self.update_edit(batch)
         return figures
 
-    def _random(self, use: str) -> Generator:
-        return generator(self.setting.seed, use, self.values["updates"])
-
-    def _batch(self) -> Groups:
-        self.values["updates"] += 1
-        share, size = self.config.offline_share, self.config.batch_size
-        return sample_mixed(self.buffers["online"], self.offline, size, share, self._random("batch"))
-
     def update_critics(self, batch: Groups) -> dict[str, float]:
         """Take a step of the Bellman error with OTF in the target; there is no entropy in it."""
-        _, value = self.choose(batch["next_features"], self._random("critic"), acting=False)
+        _, value = self.choose(batch["next_features"], self.random("critic"), acting=False)
         target = batch["reward"] + self.config.gamma * (~batch["terminated"]).float() * value
         q = self.critics(batch["features"], batch["action"])
         loss = (q - target).square().mean()
@@ -208,7 +185,7 @@ class EXPO:
     def update_base(self, batch: Groups) -> dict[str, float]:
         """Take a step of imitation of the batch's chunks."""
         policy, base = self.online.policy, self.setting.base
-        random = self._random("base")
+        random = self.random("base")
         loss = policy.objective(policy.network, batch["chunk"], base.cond(batch["features"]), generator=random)
         descend(loss, self.optimizers["base"])
         follow(self.modules["average"], self.modules["base"], self.config.base_tau)
@@ -216,7 +193,7 @@ class EXPO:
 
     def update_edit(self, batch: Groups) -> dict[str, float]:
         """Take a step of the edit actor on the mean over all critics, and one of the temperature."""
-        random, features, action = self._random("edit"), batch["features"], batch["action"]
+        random, features, action = self.random("edit"), batch["features"], batch["action"]
         if self.config.edit_actions == "fresh":
             action = self.setting.base.executed(self.online.chunk(features, generator=random)).flatten(1)
         edit, log_prob = self.edited(features, action, random)

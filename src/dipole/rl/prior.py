@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.normal import Reduce
 from dipole.diffusion.tensors import Random, randn
-from dipole.errors import DipoleError
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
-from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+from dipole.rl.wrapped import WrappedConfig, Wrapping, base_values, local
 
 SMALLEST_STD = 1e-4
 
@@ -62,7 +59,7 @@ class NoisePrior(nn.Module):
 
 
 @dataclass(frozen=True)
-class PriorConfig:
+class PriorConfig(WrappedConfig):
     """A policy with a noise prior.
 
     Attributes:
@@ -71,39 +68,25 @@ class PriorConfig:
         sampler: The deterministic sampler the prior was found with.
     """
 
-    base_type: str
-    base: dict[str, Any]
     sampler: SamplerConfig
 
-    @property
-    def observation(self) -> Mapping[str, Feature]:
-        """Return the features the base sees."""
-        return observation_of(self.base)
 
-
-class PriorPolicy(Wrapping, nn.Module):
+class PriorPolicy(Wrapping):
     """The policy. Noise given to `act` is standard normal, as for any policy: the prior shifts and scales it."""
 
     config_class = PriorConfig
     type_name = "prior"
+    config: PriorConfig
 
     def __init__(self, config: PriorConfig, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        self.config, self.sampler = config, config.sampler
-        self.base = build_base(config.base_type, config.base, normalizer)
+        super().__init__(config, normalizer)
         self.prior = NoisePrior(self.pred_horizon * self.action_dim)
 
     @classmethod
     def of(cls, base: Any, prior: NoisePrior) -> PriorPolicy:
         """Return the policy of a base and a prior, shared and not copied."""
-        if not isinstance(base, nn.Module):
-            raise DipoleError("a remote policy cannot be stored with its prior: keep the training state instead")
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        sampler: SamplerConfig = base.sampler  # type: ignore[assignment]
-        policy.base, policy.prior, policy.sampler = base, prior, sampler
-        policy.config = PriorConfig(**base_values(base), sampler=sampler)
-        return policy
+        base = local(base, "prior")
+        return cls.sharing(base, PriorConfig(**base_values(base), sampler=base.sampler), prior=prior)
 
     @torch.no_grad()
     def act(

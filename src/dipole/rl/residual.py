@@ -10,19 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.tensors import Random, randn
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.rl.base import Base
 from dipole.rl.critics import mlp
-from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+from dipole.rl.wrapped import WrappedConfig, Wrapping, base_values
 
 
 class Queues:
@@ -98,7 +96,7 @@ class Residual(nn.Module):
 
 
 @dataclass(frozen=True)
-class ResidualConfig:
+class ResidualConfig(WrappedConfig):
     """A residual policy.
 
     Attributes:
@@ -111,40 +109,29 @@ class ResidualConfig:
         show_phase: Whether the residual sees the position in the chunk.
     """
 
-    base_type: str
-    base: dict[str, Any]
     sampler: SamplerConfig
     feature_dim: int
     hidden: tuple[int, ...]
     scale: float
     show_phase: bool
 
-    @property
-    def observation(self) -> Mapping[str, Feature]:
-        """Return the features the base sees."""
-        return observation_of(self.base)
 
-
-class ResidualPolicy(Wrapping, nn.Module):
+class ResidualPolicy(Wrapping):
     """The policy: returns one action at a time and remembers the rest of the base's chunk."""
 
     config_class = ResidualConfig
     type_name = "residual"
+    config: ResidualConfig
 
     def __init__(self, config: ResidualConfig, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        self.config, self.sampler = config, config.sampler
-        self.base = build_base(config.base_type, config.base, normalizer)
+        super().__init__(config, normalizer)
         width = config.feature_dim + self.base.action_dim + config.show_phase
         self.residual = Residual(width, self.base.action_dim, config.hidden)
 
     @classmethod
     def of(cls, base: Base, residual: Residual, hidden: tuple[int, ...], scale: float, phase: bool) -> ResidualPolicy:
         """Return the policy of a base and a residual, shared and not copied."""
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        policy.base, policy.residual, policy.sampler = base.policy, residual, base.policy.sampler
-        policy.config = ResidualConfig(
+        config = ResidualConfig(
             **base_values(base.policy),
             sampler=base.policy.sampler,
             feature_dim=base.feature_dim,
@@ -152,7 +139,7 @@ class ResidualPolicy(Wrapping, nn.Module):
             scale=scale,
             show_phase=phase,
         )
-        return policy
+        return cls.sharing(base.policy, config, residual=residual)
 
     @property
     def action_horizon(self) -> int:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion import sample
 from dipole.diffusion.denoiser import Denoiser
@@ -19,11 +17,11 @@ from dipole.diffusion.tensors import Random
 from dipole.policies.common import starting_point
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
-from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+from dipole.rl.wrapped import WrappedConfig, Wrapping, base_values
 
 
 @dataclass(frozen=True)
-class StagedConfig:
+class StagedConfig(WrappedConfig):
     """A staged policy.
 
     Attributes:
@@ -33,15 +31,8 @@ class StagedConfig:
         sampler: How to denoise.
     """
 
-    base_type: str
-    base: dict[str, Any]
     boundary: float
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-
-    @property
-    def observation(self) -> Mapping[str, Feature]:
-        """Return the features the base sees."""
-        return observation_of(self.base)
 
 
 @dataclass(frozen=True)
@@ -58,26 +49,22 @@ class StagedDenoiser:
         return (self.late if float(t) <= self.boundary * (1 + 5e-7) else self.early)(x, t, cond)
 
 
-class StagedPolicy(Wrapping, nn.Module):
+class StagedPolicy(Wrapping):
     """The policy; see `Policy`."""
 
     config_class = StagedConfig
     type_name = "staged"
+    config: StagedConfig
 
     def __init__(self, config: StagedConfig, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        self.config, self.sampler = config, config.sampler
-        self.base = build_base(config.base_type, config.base, normalizer)
+        super().__init__(config, normalizer)
         self.network: nn.Module = copy.deepcopy(self.base.network)
 
     @classmethod
     def of(cls, base: Any, tuned: nn.Module, boundary: float, sampler: SamplerConfig) -> StagedPolicy:
         """Return the policy of a base and a tuned network, shared and not copied."""
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        policy.config = StagedConfig(**base_values(base), boundary=boundary, sampler=sampler)
-        policy.sampler, policy.base, policy.network = sampler, base, tuned
-        return policy
+        config = StagedConfig(**base_values(base), boundary=boundary, sampler=sampler)
+        return cls.sharing(base, config, network=tuned)
 
     @property
     def process(self) -> Any:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.tensors import Random
-from dipole.errors import DipoleError
 from dipole.policies.config import SamplerConfig
 from dipole.policies.policy import Observation, State
 from dipole.rl.actors import TanhGaussian
 from dipole.rl.critics import Activation
-from dipole.rl.wrapped import Wrapping, base_values, build_base, observation_of
+from dipole.rl.wrapped import WrappedConfig, Wrapping, base_values, local
 
 
 @dataclass(frozen=True)
-class SteeredConfig:
+class SteeredConfig(WrappedConfig):
     """A steered policy.
 
     Attributes:
@@ -35,19 +32,12 @@ class SteeredConfig:
         activation: Their nonlinearity.
     """
 
-    base_type: str
-    base: dict[str, Any]
     sampler: SamplerConfig
     feature_dim: int
     noise_dim: int
     noise_bound: float
     hidden: tuple[int, ...]
     activation: Activation
-
-    @property
-    def observation(self) -> Mapping[str, Feature]:
-        """Return the features the base sees."""
-        return observation_of(self.base)
 
 
 def spread(noise: Tensor, positions: int, action_dim: int) -> Tensor:
@@ -56,39 +46,33 @@ def spread(noise: Tensor, positions: int, action_dim: int) -> Tensor:
     return steps.repeat(1, -(-positions // steps.shape[1]), 1)[:, :positions]
 
 
-class SteeredPolicy(Wrapping, nn.Module):
+class SteeredPolicy(Wrapping):
     """The policy; acts without randomness: the actor's mode is denoised."""
 
     config_class = SteeredConfig
     type_name = "steered"
+    config: SteeredConfig
 
     def __init__(self, config: SteeredConfig, normalizer: Normalizer) -> None:
-        nn.Module.__init__(self)
-        self.config, self.sampler = config, config.sampler
-        self.base = build_base(config.base_type, config.base, normalizer)
+        super().__init__(config, normalizer)
         self.actor = TanhGaussian(config.feature_dim, config.noise_dim, config.hidden, config.activation, True)
 
     @classmethod
     def of(cls, base: Any, actor: TanhGaussian, config: Any) -> SteeredPolicy:
         """Return the policy of a base and an actor, shared and not copied (`config`: a `DSRLConfig`)."""
-        if not isinstance(base, nn.Module):
-            raise DipoleError("a remote policy cannot be stored with its actor: keep the training state instead")
-        policy = cls.__new__(cls)
-        nn.Module.__init__(policy)
-        sampler: SamplerConfig = base.sampler  # type: ignore[assignment]
-        policy.base, policy.actor, policy.sampler = base, actor, sampler
+        base = local(base, "actor")
         first = actor.net[0]
         assert isinstance(first, nn.Linear)
-        policy.config = SteeredConfig(
+        own = SteeredConfig(
             **base_values(base),
-            sampler=sampler,
+            sampler=base.sampler,
             feature_dim=first.in_features,
             noise_dim=actor.action_dim,
             noise_bound=config.noise_bound,
             hidden=tuple(config.hidden),
             activation=config.activation,
         )
-        return policy
+        return cls.sharing(base, own, actor=actor)
 
     @torch.no_grad()
     def act(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from dipole.data.features import Feature
 from dipole.data.normalizer import Normalizer
 from dipole.diffusion.tensors import Random
+from dipole.errors import DipoleError
 from dipole.policies.checkpoint import policy_class
 from dipole.policies.common import Forwarding
 from dipole.policies.config import SamplerConfig
@@ -28,6 +31,17 @@ def build_base(base_type: str, values: dict[str, Any], normalizer: Normalizer) -
 def base_values(policy: Any) -> dict[str, Any]:
     """Return `base_type` and `base` for the configuration of a wrapper."""
     return {"base_type": policy.type_name, "base": to_dict(policy.config)}
+
+
+def local(base: Any, learnt: str) -> Any:
+    """Return the base, if it is in this process and can be stored with what was learnt.
+
+    Raises:
+        DipoleError: It is a remote one.
+    """
+    if not isinstance(base, nn.Module):
+        raise DipoleError(f"a remote policy cannot be stored with its {learnt}: keep the training state instead")
+    return base
 
 
 def with_network(policy: Any, network: nn.Module, sampler: SamplerConfig | None = None) -> Any:
@@ -49,11 +63,50 @@ def observation_of(values: dict[str, Any]) -> dict[str, Feature]:
     return found
 
 
-class Wrapping(Forwarding):
-    """What a policy over `self.base`, a policy without memory, shares with the others."""
+@dataclass(frozen=True)
+class WrappedConfig:
+    """The base in the configuration of a policy made of it; what was learnt comes after.
+
+    Attributes:
+        base_type: Kind of the base policy.
+        base: Its configuration.
+    """
+
+    base_type: str
+    base: dict[str, Any]
+
+    @property
+    def observation(self) -> Mapping[str, Feature]:
+        """Return the features the base sees."""
+        return observation_of(self.base)
+
+
+class Wrapping(Forwarding, nn.Module):
+    """What a policy over `self.base`, a policy without memory, shares with the others.
+
+    Args:
+        config: A `WrappedConfig` with a `sampler`.
+        normalizer: The base's statistics.
+    """
 
     base: Any
+    config: Any
     sampler: SamplerConfig
+
+    def __init__(self, config: Any, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.config, self.sampler = config, config.sampler
+        self.base = build_base(config.base_type, config.base, normalizer)
+
+    @classmethod
+    def sharing(cls, base: Any, config: Any, **learnt: nn.Module) -> Self:
+        """Return the policy of a base and of what was learnt, by attribute, shared and not copied."""
+        policy = cls.__new__(cls)
+        nn.Module.__init__(policy)
+        policy.base, policy.config, policy.sampler = base, config, config.sampler
+        for name, module in learnt.items():
+            setattr(policy, name, module)
+        return policy
 
     @property
     def inner(self) -> Any:

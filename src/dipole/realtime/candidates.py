@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dipole.data.features import single_precision
 from dipole.diffusion.process import EDM, Flow
 from dipole.envs.spec import VectorEnv
 from dipole.errors import DipoleError
@@ -228,9 +229,5 @@ def calibration_observations(
         now = int(rng.integers(len(trajectory.actions)))
         frames = np.clip(np.arange(now - policy.obs_horizon + 1, now + 1), 0, None)
         for key, value in trajectory.observations.items():
-            picked.setdefault(key, []).append(_single(value[frames]))
+            picked.setdefault(key, []).append(single_precision(value[frames]))
     return {key: torch.from_numpy(np.stack(values)) for key, values in picked.items()}
-
-
-def _single(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float32) if value.dtype == np.float64 else value

@@ -89,7 +89,7 @@ def held_out_losses(policy: ModePolicy, windows: Windows, seed: int) -> list[flo
         for k, level in enumerate(levels):
             at = level.expand(len(block))
             totals[k] += len(block) * float(policy.objective(policy.network, x0, cond, generator=generator, t=at))
-    return (totals / len(windows)).tolist()
+    return [float(total) / len(windows) for total in totals]
 
 
 def train_and_play(name: str, seed: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dipole.envs.micro.wipe import BAND
 from dipole.systems import rdp
 from dipole.systems.card import Claim, Margin, Measure
 from dipole.systems.rdp_checks import relative_error
+from dipole.systems.rdp_scores import FORCE
 from dipole.systems.run import Run
 
 CARD = replace(
@@ -32,7 +33,7 @@ def small(run: Run) -> list[Claim]:
 
 def ci(run: Run) -> list[Claim]:
     """Check the relative poses, and that there is something to learn from."""
-    force = collect(ENV, 4).columns[rdp.FORCE][:, 0]
+    force = collect(ENV, 4).columns[FORCE][:, 0]
     share = float(((force >= BAND[0]) & (force <= BAND[1])).mean())
     return [
         Claim("relative poses and back", "0", Measure(relative_error()), None, Margin(high=1e-6)),

@@ -35,7 +35,7 @@ from dipole.policies.streaming import StreamingTraining
 from dipole.systems.experiment import number_of_parameters
 from dipole.systems.run import Job, Run
 from dipole.training import TrainConfig, fit
-from dipole.training.distillation import DistillConfig, make_student
+from dipole.training.student import DistillConfig, make_student
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,6 +18,7 @@ from dipole import __version__
 from dipole.cores import usable_cores
 from dipole.errors import MissingExtraError
 from dipole.serialization import read_json, write_json
+from dipole.systems.sources import digest
 
 Progress = Callable[[str], None]
 Job = tuple[str, dict[str, Any], Callable[[], Any]]
@@ -50,8 +49,8 @@ class Run:
     def part(self, name: str, config: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """Return the JSON-able result of `compute()`, from the run folder if it was finished there before.
 
-        A finished part counts only if its configuration, the source of the module that computes it and the version
-        of dipole are the same.
+        A finished part counts only if its configuration, the version of dipole, and the sources of the module that
+        computes it and of all that this imports of dipole are the same (see `dipole.systems.sources`).
 
         Args:
             name: File name of the part, unique within the run.
@@ -187,11 +186,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _key(name: str, config: dict[str, Any], compute: Callable[[], Any]) -> str:
-    function = getattr(compute, "func", compute)
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    try:
-        source = inspect.getsource(module) if module is not None else ""
-    except (OSError, TypeError):
-        source = ""
-    text = json.dumps([name, config, source, __version__], sort_keys=True)
+    module = getattr(getattr(compute, "func", compute), "__module__", "") or ""
+    text = json.dumps([name, config, digest(module), __version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -72,13 +72,3 @@ def test_interval_over_seeds():
     assert measure.low == pytest.approx(0.95 - 4.303 * 0.05 / math.sqrt(3))
     assert measure.high == 1.0
     assert over_seeds([0.5]).low is None
-
-
-def test_parts_depend_on_the_source_of_their_module(tmp_path, monkeypatch):
-    """A finished part of an older experiment is not taken for one of the new."""
-    import inspect
-
-    run_ = Run(tmp_path)
-    assert run_.part("p", {}, lambda: 1) == 1
-    monkeypatch.setattr(inspect, "getsource", lambda module: "other code")
-    assert run_.part("p", {}, lambda: 2) == 2

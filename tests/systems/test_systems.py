@@ -10,7 +10,6 @@ from dipole.cli.systems import Args, run
 from dipole.systems import bc_diffusion, beso, experiment, mode
 from dipole.systems.card import TIERS
 from dipole.systems.experiment import over_seeds
-from dipole.systems.run import Run
 
 NAMES = systems.names()
 

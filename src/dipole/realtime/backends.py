@@ -67,15 +67,14 @@ def _device(network: nn.Module) -> torch.device:
 
 
 def _packed(policy: Any, precision: str, compiled: bool = False) -> Any:
-    from dipole.realtime.packed import check, pack
+    from dipole.realtime.packed import DTYPES, check, pack
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if precision not in dtypes:
+    if precision not in DTYPES:
         raise DipoleError(f"back end 'packed' has no {precision}: use fp32 or bf16")
-    packed = pack(policy.network, dtypes[precision], compiled=compiled)
+    packed = pack(policy.network, DTYPES[precision], compiled=compiled)
     generator = torch.Generator().manual_seed(0)
     cond = {key: torch.randn((1, *size), generator=generator) for key, size in policy.encoder.cond_dims.items()}
-    check(packed, policy.network, dtypes[precision], (1, policy.pred_horizon, policy.action_dim), cond)
+    check(packed, policy.network, DTYPES[precision], (1, policy.pred_horizon, policy.action_dim), cond)
     return with_network(policy, packed)
 
 

@@ -20,8 +20,9 @@ from dipole.errors import DipoleError
 
 # Smaller products cost more in their call than they save in reading (measured with AVX-512).
 _PACK_FROM = 60_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Packed against original on random input, relative to the largest output: rounding is 1e-6 and 2e-2.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 
 class PackedLinear:
@@ -180,7 +181,7 @@ def check(packed: Packed, network: nn.Module, dtype: torch.dtype, shape: tuple[i
     with torch.no_grad():
         expected = network(x, time, cond)
         error = float((packed(x, time, cond) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not error <= _TOLERANCE[dtype]:
+    if not error <= TOLERANCE[dtype]:
         raise DipoleError(
             f"back end 'packed' differs from the network by {error:.1e} of its output with this torch "
             f"({torch.__version__}): use the back end 'eager' and report it"

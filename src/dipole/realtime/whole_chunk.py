@@ -27,11 +27,8 @@ from dipole.errors import DipoleError
 from dipole.policies.diffusion_policy import DiffusionPolicy
 from dipole.realtime.export_graphs import at_level, capture, first_line, quiet, run_plan
 from dipole.realtime.export_plan import Plan, make_plan, plan_of
-from dipole.realtime.packed import PackedNetwork, packed_body
+from dipole.realtime.packed import DTYPES, TOLERANCE, PackedNetwork, packed_body
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Compiled against captured, relative to the largest action: rounding is 1e-6 and 2e-2.
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 _MAX_CALLS = 30
 
 
@@ -171,7 +168,7 @@ def compiled(graph: nn.Module, arguments: tuple[Tensor, ...], dtype: torch.dtype
             f"back end 'whole-chunk' cannot compile this policy: {first_line(error)} (use 'packed' or 'eager')"
         ) from None
     difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-    if not difference <= _TOLERANCE[dtype]:
+    if not difference <= TOLERANCE[dtype]:
         raise DipoleError(
             f"back end 'whole-chunk' differs from the policy by {difference:.1e} of its actions with this torch "
             f"({torch.__version__}): use the back end 'eager' and report it"

@@ -3,8 +3,8 @@
 The base of each task imitates an unsteady hand: demonstrations whose actions are recorded with the noise they were
 executed with, so that it knows the way and shakes. (A base from five clean demonstrations succeeds as often, but in the
 same episodes: of 50 episodes of peg insertion that it played four times, 28 % always succeeded and 58 % never; with
-this one 2 % and 22 %. Where no success is ever seen there is nothing to learn from, and with such bases none of the
-methods got better within the budget.)
+this one 2 % and 22 %. Where no success is ever seen there is nothing to learn from: with such bases neither DPPO
+nor ResiP got better within the budget.)
 
 DPPO tunes the denoising steps, DSRL steers the noise by the state, FIND once for the task, EXPO edits the actions and
 goes on imitating what succeeds, ResiP adds a correction at every step. All see the same reward, 1 at success, and take

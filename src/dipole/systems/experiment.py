@@ -24,11 +24,14 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def train(policy: Any, source: Source, config: TrainConfig) -> Any:
-    """Train `policy` for `config.steps` updates and return its average (EMA) in evaluation mode. Saves nothing."""
+    """Train `policy` for `config.steps` updates and return its average (EMA) in evaluation mode. Saves nothing.
+
+    In fp32 unless the settings say bf16: what is measured to be faster here would make results depend on the machine.
+    """
     if config.steps is None:
         raise ValueError("an experiment trains for a number of steps, so that all its policies get the same budget")
     accelerator = make_accelerator(replace(config, device="cpu"))  # where the experiments play
-    updater = Updater(accelerator, policy, config, "fp32")
+    updater = Updater(accelerator, policy, config, "bf16" if config.precision == "bf16" else "fp32")
     order = EpochOrder(len(source), config.batch_size, config.seed)
     batches = Loader(source, order, slice(0, config.batch_size), accelerator.device, stop=config.steps)
     for step, batch in enumerate(batches):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Generator, Tensor, nn
 
+from dipole.allocator import keep_freed_memory
 from dipole.compiler import need_compiler
 from dipole.errors import DipoleError
 from dipole.training.config import TrainConfig
@@ -47,6 +48,7 @@ class Updater:
     def __init__(self, accelerator: Accelerator, policy: Any, config: TrainConfig, precision: PrecisionName) -> None:
         self.accelerator, self.config, self.precision = accelerator, config, precision
         self.device = accelerator.device
+        keep_freed_memory()
         self.policy = policy.to(self.device).train()
         if config.compile:
             if not isinstance(getattr(policy, "network", None), nn.Module):

@@ -1,7 +1,7 @@
 """Memory that training frees stays with the process, instead of going back to the system after every update.
 
-glibc returns large blocks at once, and every update asks for the same blocks again: the kernel then fills each page with
-zeros anew. In training runs on two cores that was up to a tenth of the time.
+glibc returns large blocks at once, and every update asks for the same blocks again: the kernel then fills each page
+with zeros anew. In training runs on two cores that was up to a tenth of the time.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from dipole.diffusion.distillation import (
     clean_of_step,
     consistency_target,
     jump,
+    many_step_target,
     ode_step,
     output_error,
     pseudo_huber,
-    two_step_target,
 )
 from dipole.diffusion.prediction import PREDICTION_TYPES, to_output
 from dipole.diffusion.tensors import expand
@@ -132,7 +132,7 @@ def test_one_step_lands_where_two_did(process):
     levels, denoiser = process.levels(8).tolist(), gaussian(process)
     for t, middle, s in zip(levels, levels[1:], levels[2:], strict=False):
         x = noisy(process, at(t))
-        x0 = two_step_target(denoiser, x, at(t), at(middle), at(s), process)
+        x0 = many_step_target(denoiser, x, (at(t), at(middle), at(s)), process)
         two = ode_step(denoiser, ode_step(denoiser, x, at(t), at(middle), process), at(middle), at(s), process)
         one = ode_step(lambda x, t, cond, x0=x0: x0, x, at(t), at(s), process)
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-10)
@@ -146,7 +146,7 @@ def test_in_a_flow_the_target_is_the_mean_velocity():
     x = noisy(process, t)
     half = ode_step(denoiser, x, t, middle, process)
     velocities = [(y - denoiser(y, level)) / level[:, None] for y, level in ((x, t), (half, middle))]
-    x0 = two_step_target(denoiser, x, t, middle, s, process)
+    x0 = many_step_target(denoiser, x, (t, middle, s), process)
     assert torch.allclose((x - x0) / 0.75, sum(velocities) / 2, rtol=0, atol=1e-12)
 
 

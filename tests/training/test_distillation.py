@@ -91,7 +91,8 @@ def exact_student(method, process, nfe):
     def answer(x, t, first, band):
         from dipole.diffusion.distillation import clean_of_step
 
-        count = 8 - first if method == "consistency" else torch.full_like(first, 2)
+        steps = 8 // nfe if method == "direct" else 2
+        count = 8 - first if method == "consistency" else torch.full_like(first, steps)
         if method == "shortcut":
             count = 2 ** (longest - band)
         end = carried(teacher, denoiser, x, first, count)
@@ -105,7 +106,10 @@ def exact_student(method, process, nfe):
 
 
 @pytest.mark.parametrize("process", ["flow", "vp-cosine"])
-@pytest.mark.parametrize(("method", "nfe"), [("consistency", 1), ("shortcut", 1), ("shortcut", 2), ("progressive", 4)])
+@pytest.mark.parametrize(
+    ("method", "nfe"),
+    [("direct", 1), ("direct", 2), ("consistency", 1), ("shortcut", 1), ("shortcut", 2), ("progressive", 4)],
+)
 def test_the_exact_answer_has_no_loss(method, nfe, process):
     student = exact_student(method, process, nfe)
     loss = student.loss(batch(64), torch.Generator().manual_seed(0))
@@ -142,7 +146,7 @@ def test_the_final_length_is_told_by_the_plain_clock():
 @pytest.mark.parametrize("process", ["flow", "vp-cosine", "vp-continuous-cosine"])
 def test_the_student_visits_levels_of_the_grid(process):
     teacher = make(process)
-    for method in ("consistency", "shortcut"):
+    for method in ("direct", "consistency", "shortcut"):
         for nfe in (1, 2, 4):
             student = make_student(teacher, DistillConfig(method, nfe, 32))
             levels = student.sampler.levels(student.process)
@@ -170,7 +174,7 @@ def distance(policy, rows=400):
     return float((chunk * sign - 0.6).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("method", ["consistency", "shortcut"])
+@pytest.mark.parametrize("method", ["direct", "consistency", "shortcut"])
 def test_one_call_of_the_student_finds_the_modes_between_which_the_teacher_stays(method, tmp_path):
     # Two modes of std 0.05; the teacher's denoiser is exact, so that one call of it answers the mean, 0.
     config = make_config(

@@ -3,13 +3,15 @@
 A *jump* is what a distilled denoiser answers: not the expected clean sample, but the end of the ODE's path from where
 it stands. Sources: Salimans & Ho 2022, "Progressive Distillation" (one step for two); Song et al. 2023, "Consistency
 Models", eq. 7-10; Prasad et al. 2024, "Consistency Policy"; Frans et al. 2024, "One Step Diffusion via Shortcut
-Models".
+Models"; Luhman & Luhman 2021, "Knowledge Distillation in Iterative Generative Models".
 
 Levels are `[B]`; an ODE step is a kernel's step without noise, DDIM with eta = 0 unless another is given.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,23 +69,32 @@ def clean_of_step(x: Tensor, x_next: Tensor, t: Tensor, s: Tensor, process: Proc
     return (x_next - expand(c.x, x).to(x) * x) / expand(c.x0, x).to(x)
 
 
-def two_step_target(
+def many_step_target(
     teacher: Denoiser,
     x: Tensor,
-    t: Tensor,
-    middle: Tensor,
-    s: Tensor,
+    levels: Sequence[Tensor],
     process: Process,
     cond: Any = None,
     kernel: Kernel | None = None,
 ) -> Tensor:
-    """Return the x0 with which one step from `t` to `s` lands where two steps of the teacher do.
+    """Return the x0 with which one step from the first to the last of `levels` lands where the teacher's steps do.
 
-    Salimans & Ho 2022, appendix G; with halves of equal length in `Flow` also the self-consistency target of shortcut
-    models (Frans et al. 2024, eq. 4): the mean of the two velocities.
+    With two steps: Salimans & Ho 2022, appendix G; with halves of equal length in `Flow` also the self-consistency
+    target of shortcut models (Frans et al. 2024, eq. 4): the mean of the two velocities. With all steps of a sampler,
+    down to the clean level: Luhman & Luhman 2021.
+
+    Args:
+        teacher: The denoiser whose steps are condensed.
+        x: Samples at the first level, `[B, ...]`.
+        levels: Levels visited, each `[B]`, falling.
+        process: The process.
+        cond: Conditioning.
+        kernel: Of the teacher's steps.
     """
-    half = ode_step(teacher, x, t, middle, process, cond, kernel)
-    return clean_of_step(x, ode_step(teacher, half, middle, s, process, cond, kernel), t, s, process)
+    end = x
+    for t, s in pairwise(levels):
+        end = ode_step(teacher, end, t, s, process, cond, kernel)
+    return clean_of_step(x, end, levels[0], levels[-1], process)
 
 
 def output_error(

@@ -1,8 +1,10 @@
 """The student of a distillation: its teacher's architecture and weights, the loss of a method, a sampler of few steps.
 
-Three methods, all on a grid of the levels the teacher would visit in `teacher_steps` steps (see
+Four methods, all on a grid of the levels the teacher would visit in `teacher_steps` steps (see
 `dipole.diffusion.distillation` for the targets):
 
+- `direct`: each of the student's steps lands where the teacher's own steps would (Luhman & Luhman 2021). Nothing is
+  learnt from the student itself, so errors do not add up; an update costs teacher_steps / nfe calls of the teacher.
 - `consistency`: from neighbouring levels the student must jump to the same place (Consistency Policy, Prasad et al.
   2024). Theirs is also told where to jump to, and so needs another network; ours jumps to the end only.
 - `shortcut`: the student learns steps of every dyadic length, each from two of half its length (Frans et al. 2024). The
@@ -24,10 +26,10 @@ from dipole.diffusion import DDIM, Denoiser, NetworkDenoiser, add_noise
 from dipole.diffusion.distillation import (
     consistency_target,
     jump,
+    many_step_target,
     ode_step,
     output_error,
     pseudo_huber,
-    two_step_target,
 )
 from dipole.diffusion.process import EDM
 from dipole.diffusion.tensors import expand, randn_like
@@ -36,8 +38,8 @@ from dipole.evaluation.blocks import device_of
 from dipole.policies.config import PolicyConfig, SamplerConfig
 from dipole.policies.diffusion_policy import DiffusionPolicy
 
-Method = Literal["consistency", "shortcut", "progressive"]
-METHODS: tuple[Method, ...] = ("consistency", "shortcut", "progressive")
+Method = Literal["direct", "consistency", "shortcut", "progressive"]
+METHODS: tuple[Method, ...] = ("direct", "consistency", "shortcut", "progressive")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class DistillConfig:
     """How a policy is distilled.
 
     Attributes:
-        method: `consistency`, `shortcut` or `progressive`.
+        method: `direct`, `consistency`, `shortcut` or `progressive`.
         nfe: Network calls of the student per chunk, a power of two.
         teacher_steps: Steps of the teacher that are condensed, a power of two of at least 2 nfe.
     """
@@ -129,6 +131,8 @@ class StudentPolicy(DiffusionPolicy):
             return one
         if self.options.method == "progressive":
             return 2 * one
+        if self.options.method == "direct":
+            return one * (self.options.teacher_steps // self.options.nfe)
         draws = torch.randint(1, self._longest + 1, (rows,), generator=generator, device=_device(generator))
         return 2 ** draws.to(one.device)
 
@@ -150,12 +154,15 @@ class StudentPolicy(DiffusionPolicy):
         if self.options.method == "consistency":
             moved = ode_step(teacher.denoiser, x, t, s, self.process, cond, kernel)
             return consistency_target(self._stepping(size), moved, s, self.process, cond)
-        middle = self.levels[i + size // 2]
-        target = two_step_target(teacher.denoiser, x, t, middle, s, self.process, cond, kernel)
+        if self.options.method == "direct":
+            visited = [self.levels[i + k] for k in range(self.options.teacher_steps // self.options.nfe + 1)]
+            return many_step_target(teacher.denoiser, x, visited, self.process, cond, kernel)
+        halves = (t, self.levels[i + size // 2], s)
+        target = many_step_target(teacher.denoiser, x, halves, self.process, cond, kernel)
         if self.options.method == "progressive":
             return target
         # Two steps of half the length, except for the shortest, which follow the teacher.
-        own = two_step_target(self._stepping(size // 2), x, t, middle, s, self.process, cond)
+        own = many_step_target(self._stepping(size // 2), x, halves, self.process, cond)
         return torch.where(expand(size == 2, x), target, own)
 
     def _stepping(self, size: Tensor) -> Denoiser:

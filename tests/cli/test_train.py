@@ -75,6 +75,15 @@ def test_each_network_trains(data, tmp_path, capsys, words, network, process, ra
     assert record["train"]["lr"] == rate
 
 
+@pytest.mark.parametrize(
+    ("process", "prediction", "time"), [("vp-cosine", "x0", "uniform"), ("flow", "v", "logit-normal")]
+)
+def test_what_is_predicted(data, tmp_path, process, prediction, time):
+    train("--data", data, "--out", tmp_path / "run", "--process", process, "--prediction", prediction, *TINY)
+    objective = json.loads((tmp_path / "run" / "train.json").read_text())["policy"]["objective"]
+    assert (objective["prediction_type"], objective["time"]) == (prediction, time)
+
+
 def test_json_summary(data, tmp_path, capsys):
     train("--data", data, "--out", tmp_path / "run", "--steps", 2, "--json", *TINY)
     summary = json.loads(capsys.readouterr().out)

@@ -260,7 +260,8 @@ def test_what_cannot_be_distilled_is_refused():
         make_student(make("edm"), DistillConfig())
     with pytest.raises(DipoleError, match="between 1 and 10"):
         make_student(
-            make(ProcessConfig("vp-cosine", 10), objective=ObjectiveConfig("epsilon", "uniform")), DistillConfig()
+            make(ProcessConfig("vp-cosine", 10), objective=ObjectiveConfig("epsilon", "uniform")),
+            DistillConfig(teacher_steps=32),
         )
     with pytest.raises(DipoleError, match="'beso' cannot be distilled"):
         make_student(make_beso(episodes(), observation=[STATE]), DistillConfig())

@@ -3,13 +3,14 @@
 The result is trained, evaluated and served like any other run. Whether it keeps the success is for `dipole eval` or
 `dipole accelerate --distilled` to say. Interrupted, it goes on with --resume.
 
-Methods: consistency (jump to the end of the denoising path from anywhere on it), shortcut (steps of every length, each
-from two of half its length), progressive (halve the number of steps, again and again).
+Methods: direct (land where the teacher's own steps do), consistency (jump to the end of the denoising path from
+anywhere on it), shortcut (steps of every length, each from two of half its length), progressive (halve the number of
+steps, again and again).
 
 Examples:
   dipole distill runs/peg --out runs/peg-one
   dipole distill runs/peg --method shortcut --nfe 2 --minutes 5 --out runs/peg-two
-  dipole distill runs/pusht --data lerobot/pusht --method progressive --steps 20000 --out runs/pusht-one
+  dipole distill runs/pusht --method progressive --teacher-steps 32 --steps 20000 --out runs/pusht-one
   dipole accelerate runs/peg --env metaworld/peg-insert-side-v3 --distilled runs/peg-one runs/peg-two
 """
 
@@ -35,11 +36,11 @@ class Args:
     """The teacher: a run folder (its best, else its last checkpoint), or a checkpoint folder."""
     out: Path
     """Folder of the new run."""
-    method: Literal["consistency", "shortcut", "progressive"] = "consistency"
+    method: Literal["direct", "consistency", "shortcut", "progressive"] = "direct"
     """How (see above)."""
     nfe: int = 1
     """Network calls per chunk of the student: 1, 2, 4, ..."""
-    teacher_steps: int = 32
+    teacher_steps: int = 8
     """Steps of the teacher that are condensed, a power of two."""
     data: str | None = None
     """Demonstrations (default: those the teacher was trained on)."""

@@ -7,6 +7,7 @@ Examples:
   dipole train --data runs/demos --out runs/peg --minutes 1
   dipole train --data runs/demos --out runs/peg --env metaworld/peg-insert-side-v3 --steps 10000
   dipole train --data lerobot/pusht --out runs/pusht --policy unet --network down_dims=[64,128,256] --process vp-cosine
+  dipole train --data lerobot/pusht --out runs/pusht --process vp-cosine --prediction v
   dipole train --data lerobot/pusht --out runs/pusht --policy unet --method sdp --pred-horizon 20
   dipole train --out runs/pusht --resume
 """
@@ -67,6 +68,10 @@ class Args:
     """Binary actions, kept at a tenth of their size inside the policy: short warm starts (rti) can then flip them."""
     process: Annotated[str | None, _option("NAME", "flow; sdp: vp-cosine")] = None
     """Forward process: flow, vp-cosine, vp-linear, edm, ..."""
+    prediction: Annotated[
+        Literal["epsilon", "x0", "v", "velocity", "edm"] | None, _option("NAME", "the process's usual one")
+    ] = None
+    """What the network predicts. Noise (epsilon), usual in vp-*, is learnt slowly; v and x0 (LeRobot: sample) fast."""
     features: Annotated[tuple[str, ...] | None, _option("NAME ...", "all of the dataset")] = None
     """Observations to see."""
     obs_horizon: Annotated[int | None, _option("INT", "2")] = None
@@ -189,6 +194,7 @@ def _network_name(options: Mapping[str, Any]) -> str:
 
 def _make_policy(episodes: Episodes, options: Mapping[str, Any]) -> DiffusionPolicy:
     from dipole.policies import make_config, make_policy
+    from dipole.policies.config import ProcessConfig, default_objective
     from dipole.policies.streaming import StreamingTraining
 
     values: dict[str, Any]
@@ -198,6 +204,9 @@ def _make_policy(episodes: Episodes, options: Mapping[str, Any]) -> DiffusionPol
     vision = table(options.get("vision", ()), "--vision", "name=resnet18")
     if options.get("method") == "sdp":
         values = {"process": "vp-cosine", **values, "streaming": StreamingTraining()}
+    if "prediction" in options:
+        usual = default_objective(ProcessConfig(values.get("process", "flow")))
+        values["objective"] = replace(usual, prediction_type=options["prediction"])
     config = make_config(
         episodes, network=network, vision=vision or None, observation=options.get("features"), **values
     )

@@ -72,7 +72,7 @@ LINES = {
     "DDIM": ("ddim-1", "ddim-2", "ddim-5", "ddim-8", "ddim-24"),
     "DPM-Solver++": ("dpmpp-2m-2", "dpmpp-2m-5"),
     "flow": ("flow-1", "flow-2", "flow-5"),
-    "distilled": ("distilled-1", "distilled-2"),
+    "distilled": ("distilled-1",),
     "streaming": ("streaming-1", "streaming-2", "streaming-5"),
     "warm start": ("rti-2",),
     "DDIM every step": ("ddim-1 every step", "ddim-3 every step"),

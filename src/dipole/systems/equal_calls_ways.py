@@ -75,7 +75,7 @@ SOLVERS = (
 )
 TRAINED = (
     *(_sampled(f"flow-{k}", "flow", k, SamplerConfig("euler", k)) for k in (1, 2, 5)),
-    *(_sampled(f"distilled-{k}", "student", k, SamplerConfig("consistency", k, clip=1.0)) for k in (1, 2)),
+    _sampled("distilled-1", "student", 1, ddim(1)),
     *(Way(f"streaming-{k}", "streaming", k, Runtime("streaming", sampler=ddim(PIECES * k))) for k in (1, 2, 5)),
 )
 
@@ -104,7 +104,7 @@ GROUPS: dict[str, tuple[Way, ...]] = {"solvers": SOLVERS, "trained": TRAINED, "e
 PAIRS = (
     *((f"dpmpp-2m-{k}", f"ddim-{k}") for k in (2, 5)),
     *((f"flow-{k}", f"ddim-{k}") for k in (1, 2, 5)),
-    *((f"distilled-{k}", f"ddim-{k}") for k in (1, 2)),
+    ("distilled-1", "ddim-1"),
     *((f"streaming-{k}", f"ddim-{k}") for k in (1, 2, 5)),
     ("rti-2", "ddim-2"),
     *((f"rti-{k} every step", f"ddim-{k} every step") for k in (1, 3)),

@@ -52,9 +52,9 @@ class DistillConfig:
         teacher_steps: Steps of the teacher that are condensed, a power of two of at least 2 nfe.
     """
 
-    method: Method = "consistency"
+    method: Method = "direct"
     nfe: int = 1
-    teacher_steps: int = 32
+    teacher_steps: int = 8
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -7,8 +7,6 @@ samples a two-mode density with its exact denoiser, so that what differs between
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -19,9 +17,8 @@ import torch
 
 from dipole.data import Episodes
 from dipole.data.hindsight import HindsightWindows
-from dipole.diffusion import DDIM, DDPM, EDM, VP, Heun, Kernel, LogLogistic, Process, sample
+from dipole.diffusion import DDIM, DDPM, EDM, VP, Kernel, Process, sample
 from dipole.diffusion.oracle import MixtureDenoiser
-from dipole.diffusion.prediction import conversion
 from dipole.envs import collect
 from dipole.envs.seeds import COLLECT_SEED
 from dipole.evaluation.episode import Rollouts
@@ -29,6 +26,7 @@ from dipole.networks.gpt import GPTConfig
 from dipole.policies import SamplerConfig
 from dipole.policies.beso import BesoPolicy, make_beso
 from dipole.serialization import to_dict
+from dipole.systems.beso_checks import identities
 from dipole.systems.card import Card, Claim, Margin, Measure, Source
 from dipole.systems.experiment import listed, over_seeds, play, rate, train
 from dipole.systems.run import Run
@@ -236,7 +234,7 @@ def ci(run: Run) -> list[Claim]:
     with run.plot("shares", 8, 5) as axes:
         axes.barh(list(table), [ours for _, ours in table.values()])
         axes.set_xlabel("share in a mode")
-    return [gain, *rows, *_identities()]
+    return [gain, *rows, *identities()]
 
 
 def _table() -> Mapping[str, tuple[float, float]]:
@@ -262,52 +260,6 @@ def _table() -> Mapping[str, tuple[float, float]]:
         f"{name}, {n}": (paper, share_in_mode(process, process.levels(n, spacing), kernel))
         for name, paper, process, n, spacing, kernel in cases
     }
-
-
-def _identities() -> list[Claim]:
-    process, generator = EDM(0.005, 1.0, rho=5.0), torch.Generator().manual_seed(0)
-    x, x0 = (torch.randn(64, 3, dtype=torch.float64, generator=generator) for _ in range(2))
-    levels = process.levels(6, "karras").tolist()
-    euler = max(
-        float((DDIM().step(x, x0, t, s, process).mean - (x + (s - t) * (x - x0) / t)).abs().max())
-        for t, s in itertools.pairwise(levels)
-    )
-    quiet = max(
-        float((DDIM(eta=0.0).step(x, x0, t, s, process).mean - (s / t * x + (1 - s / t) * x0)).abs().max())
-        for t, s in itertools.pairwise(levels)
-    )
-    ends = max(
-        abs(float(process.levels(n, spacing)[k]) - edge)
-        for spacing in ("exponential", "linear", "karras")
-        for n in (2, 3, 10)
-        for k, edge in ((0, 1.0), (-2, 0.005), (-1, 0.0))
-    )
-    denoiser = MixtureDenoiser(torch.ones(2), torch.tensor([[-0.6], [0.6]]), torch.tensor(0.05), process)
-    one = process.levels(1, "exponential")
-    heun, single = (sample(denoiser, process, one, kernel, init=x[:, :1]) for kernel in (Heun(), DDIM()))
-    sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
-    _, c_x, c_out = conversion("edm", process, sigma, 0.5)
-    power = c_x**2 * (sigma**2 + 0.25) + c_out**2
-    small = Margin(high=1e-12)
-    return [
-        Claim("DDIM is Euler's step", "2e-16", Measure(euler), None, small, "largest difference"),
-        Claim("DDIM is (s'/s) x + (1 - s'/s) D", "0", Measure(quiet), None, small, "largest difference"),
-        Claim("schedules begin and end at their bounds", "0", Measure(ends), None, small, "largest difference"),
-        Claim("Heun with one step is Euler", "0", Measure(float((heun - single).abs().max())), None, small),
-        Claim("c_skip^2 (sigma^2 + s^2) + c_out^2 = s^2", "0", Measure(float((power - 0.25).abs().max())), None, small),
-        _training_levels(),
-    ]
-
-
-def _training_levels() -> Claim:
-    """The Kolmogorov distance of drawn levels from the truncated log-logistic."""
-    time, count = LogLogistic(math.log(0.5), 0.5, 0.005, 1.0), 100_000
-    drawn = time.sample((count,), EDM(0.005, 1.0), torch.Generator().manual_seed(0)).sort().values
-    low, high = (1 / (1 + (edge / 0.5) ** -2) for edge in (0.005, 1.0))  # scale 0.5: the exponent is 2
-    exact = (1 / (1 + (drawn / 0.5) ** -2) - low) / (high - low)
-    distance = float((exact - (torch.arange(count) + 0.5) / count).abs().max())
-    # 1.95 / sqrt(n) is exceeded once in a thousand
-    return Claim("training levels are log-logistic", "0", Measure(distance), None, Margin(high=1.95 / math.sqrt(count)))
 
 
 TIERS = {"ci": ci, "small": small}

@@ -137,13 +137,21 @@ def _safe(own: SamplerConfig, text: str) -> SamplerConfig:
 
 
 def _warm_starts(policy: Any, run: str) -> list[Candidate]:
-    """Real-time iteration from a low and a middle level, with the policy's Ta and with every action planned anew."""
-    ratio = 0.185  # noise to signal at level 10 of DDPM's 100
-    middle = float(policy.process.level_at(torch.tensor(ratio, dtype=torch.float64)))
-    options: dict[str, dict[str, Any]] = {"rti:3": {"num_steps": 3}, "rti:5": {"num_steps": 5, "start_level": middle}}
+    """Real-time iteration from low to high levels, with the policy's Ta and with every action planned anew."""
+    # Noise to signal at levels 10 and 40 of DDPM's 100.
+    middle, high = (float(level) for level in policy.process.level_at(torch.tensor([0.185, 0.75], dtype=torch.float64)))
+    renoised = {"start_level": high, "renoise": True, "kernel": "ddim"}
+    options: dict[str, dict[str, Any]] = {
+        "rti:3": {"num_steps": 3},
+        "rti:5": {"num_steps": 5, "start_level": middle},
+        "rti:2 renoised": {"num_steps": 2, **renoised},
+    }
     found = [Candidate(name, run, Runtime("rti", table)) for name, table in options.items()]
     if getattr(policy, "action_horizon", 1) > 1:
-        found.append(Candidate("rti:3, Ta 1", run, Runtime("rti", options["rti:3"], action_horizon=1)))
+        found += [
+            Candidate(f"{name}, Ta 1", run, Runtime("rti", options[name], action_horizon=1))
+            for name in ("rti:3", "rti:2 renoised")
+        ]
     return found
 
 

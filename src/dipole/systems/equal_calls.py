@@ -77,6 +77,8 @@ LINES = {
     "warm start": ("rti-2",),
     "DDIM every step": ("ddim-1 every step", "ddim-3 every step"),
     "warm start every step": ("rti-1 every step", "rti-3 every step"),
+    "renoised warm start": ("renoised rti-2",),
+    "renoised, every step": ("renoised rti-1 every step", "renoised rti-3 every step"),
     "ensemble every step": ("ensemble of ddim-3",),
     "transformer": ("transformer ddim, equal cost", "transformer ddpm-100"),
     "transformer, cached": ("transformer ddpm-100 cached",),

@@ -53,7 +53,7 @@ TASKS: dict[str, tuple[int, float, int]] = {
     "push-v3": (30, 0.5, 2500),
     "assembly-v3": (30, 0.5, 2500),
 }
-SEEDS = (0, 1, 2)
+SEEDS = (1, 2, 3)  # settings were tried on seed 0
 EPISODES = 100
 MAX_STEPS = 200  # experts need about 100
 CHUNK = 8
@@ -65,7 +65,12 @@ OFF_POLICY: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "dppo": {"decisions": 50, "epochs": 5, "batch_size": 200, "lr": 1e-4, "critic_warmup": 2, "min_std": 0.05},
-    "dsrl": {**OFF_POLICY, "updates": 5, "distill_updates": 3, "offline_share": 0.25},
+    # In the authors' box of 1.5 the noise that an untrained actor chooses ruins the chunk; with two critics and steps
+    # of 3e-4 success rose to 0.7 and fell to 0.1 again; at a temperature of 0.02 entropy was worth more than the goal.
+    "dsrl": {
+        **OFF_POLICY, "noise_bound": 0.75, "critics": 10, "lr": 1e-4, "alpha": 1e-4, "updates": 5, "distill_updates": 3,
+        "offline_share": 0.25,
+    },
     "expo": {
         **OFF_POLICY, "critics": 5, "samples": 4, "updates": 4, "warmup_actions": "base", "edit_scale": 0.15,
     },

@@ -174,7 +174,7 @@ def training(kind: str, task: Task, seed: int) -> TrainConfig:
 
 def updates(kind: str, task: Task) -> int:
     """Return how many updates a policy gets."""
-    return {"student": task.steps // 4, "transformer": 4 * task.steps}.get(kind, task.steps)
+    return {"student": max(1, task.steps // 4), "transformer": 4 * task.steps}.get(kind, task.steps)
 
 
 def folder_of(run: Run, task: Task, kind: str, seed: int) -> str:

@@ -194,7 +194,7 @@ def _plot(run: Run, task: Task, found: Found) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("network calls per env step")
         axes.set_ylabel("largest coverage" if task.env == "pusht" else "success")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def ci(run: Run) -> list[Claim]:

@@ -43,6 +43,9 @@ def draw(document: Mapping[str, Any], path: Path) -> Path:
     axes.xaxis.set_minor_formatter(_number)
     axes.set_xlabel("milliseconds per chunk (median, one observation, one thread)")
     axes.set_ylabel({"success": "success rate", "max_reward": "largest reward"}.get(document["score_name"], "return"))
+    bottom, top = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= top])
+    axes.set_ylim(bottom, top + 0.35 * (top - bottom))  # room for the names
     axes.set_title(f"{document['env']}: {Path(document['run']).name}", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -66,11 +69,15 @@ def _point(axes: Any, row: Mapping[str, Any], document: Mapping[str, Any]) -> No
         row["p50_ms"], score["value"], [[max(0.0, low)], [max(0.0, high)]], color=colour, fmt="o" if complete else "x",
         ms=7 if chosen or reference else 5, lw=0.8, alpha=1.0 if complete else 0.6,
     )  # fmt: skip
-    # Equals stand close together: only those one might take have their name beside them, the others below, upright.
+    # Equals stand close together: those one might take have their name above, aslant, the others below, upright.
     plain = chosen or reference or row["front"]
     if complete or chosen:
         place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8 if plain else 6}
-        place |= {"xytext": (5, 4)} if plain else {"xytext": (-2, -12), "rotation": 90, "ha": "right", "va": "top"}
+        place |= (
+            {"xytext": (3, 4), "rotation": 40, "va": "bottom"}
+            if plain
+            else {"xytext": (-2, -12), "rotation": 90, "ha": "right", "va": "top"}
+        )
         axes.annotate(row["name"], (row["p50_ms"], score["value"]), color=colour, **place)
 
 

@@ -56,6 +56,8 @@ NETWORKS = {
     "dense, same active": MoDEConfig(**SIZE, **QUIET, num_experts=1, top_k=1, expert_ratio=8),
     "dense, same total": MoDEConfig(**SIZE, **QUIET, num_experts=1, top_k=1, expert_ratio=16),
 }
+# In fp32, from the same seeds, the mixture succeeded in 0.730 and the large dense network in 0.787 of the episodes: the
+# difference between the two precisions is as large as the margin of the claim.
 TRAINING: dict[str, Any] = {"steps": 1500, "batch_size": 64, "lr": 1e-3, "ema_decay": 0.99, "precision": "bf16"}
 DECILES = 10
 BLOCK = 128

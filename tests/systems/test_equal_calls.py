@@ -7,6 +7,7 @@ import pytest
 
 from dipole.errors import DipoleError
 from dipole.networks import MLPConfig, TransformerConfig, UNet1DConfig
+from dipole.networks.moe import MoDEConfig
 from dipole.systems import equal_calls, equal_calls_bases, equal_calls_bf16, equal_calls_ways, reproduce
 from dipole.systems.card import Measure
 from dipole.systems.equal_calls import LINES, mean_of, outcome
@@ -52,12 +53,13 @@ def test_missing_demonstrations_say_where_they_come_from(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_experiment_runs_and_resumes(monkeypatch, one_worker, tmp_path):
-    kinds = ("base", "flow", "streaming", "transformer")
+    kinds = ("base", "flow", "streaming", "beso", "mode", "transformer")
     task = Task("micro/fork2d", 2, kinds, demonstrations=3, options={})
     reach = Task("micro/track2d", 2, demonstrations=3, options={})
     small = {
         "mlp": MLPConfig(width=16, num_blocks=1, context_width=8),
         "transformer": TransformerConfig(width=8, num_layers=1, num_heads=2),
+        "mode": MoDEConfig(embed_dim=8, num_layers=1, num_heads=2),
         "unet": UNet1DConfig(down_dims=(8, 8), step_embed_dim=8),
     }
     monkeypatch.setattr(equal_calls_bases, "NETWORKS", small)

@@ -3,8 +3,8 @@
 They stand in a module of their own because a finished part of a run counts only while the source of its module is the
 same: the comparison can then be changed without training again.
 
-All see the same windows, up to the last frame of every demonstration; but for the last two, in the same number of
-updates of the same size:
+All see the same windows, up to the last frame of every demonstration; but for `student`, `mode` and `transformer`, in
+the same number of updates of the same size:
 
 - `base`: v prediction in the discrete levels of Diffusion Policy. Predicting the noise, as there, is learnt too slowly
   for this budget: on peg insertion, DDIM-8 then succeeded in half as many episodes;
@@ -13,6 +13,9 @@ updates of the same size:
 - `student`: the base distilled to one network call, in a quarter as many updates again: each calls the teacher eight
   times, so they cost about what the base did. (A student of the method `consistency`, in twice that time, succeeded in
   2 % of the episodes on peg insertion, where one call of its teacher does in 58 %.)
+- `beso`: BESO's preconditioned objective and low noise (Reuss et al. 2023), with the base's network;
+- `mode`: MoDE, a small transformer whose experts are chosen by noise level and fused before sampling (Reuss et al.
+  2024), in updates a quarter as large and half as many again;
 - `transformer`: the base's objective with a small transformer, whose branches are worth caching. Its updates are a
   quarter as large, and four times as many. It is compared with itself only.
 """
@@ -33,7 +36,10 @@ from dipole.envs import collect
 from dipole.envs.seeds import COLLECT_SEED
 from dipole.errors import DipoleError
 from dipole.networks import MLPConfig, TransformerConfig, UNet1DConfig, full_config
+from dipole.networks.moe import MoDEConfig
 from dipole.policies import DiffusionPolicy, ObjectiveConfig, SamplerConfig, load_policy, make_config, make_policy
+from dipole.policies.config import ProcessConfig
+from dipole.policies.mode import make_mode
 from dipole.policies.streaming import StreamingTraining
 from dipole.systems.experiment import number_of_parameters
 from dipole.systems.run import Job, Run
@@ -56,7 +62,7 @@ class Task:
 
     env: str
     steps: int
-    kinds: tuple[str, ...] = ("base", "flow", "streaming")
+    kinds: tuple[str, ...] = ("base", "flow", "streaming", "beso")
     demonstrations: int = 50
     noise: float = 0.1
     options: dict[str, Any] = field(default_factory=lambda: {"max_steps": 200})  # experts need about 100
@@ -69,7 +75,7 @@ class Task:
 
 TASKS = (
     Task("pusht", 4000, demonstrations=0, noise=0.0, options={}),
-    Task("metaworld/peg-insert-side-v3", 2000, ("base", "flow", "streaming", "transformer")),
+    Task("metaworld/peg-insert-side-v3", 2000, ("base", "flow", "streaming", "beso", "mode", "transformer")),
 )
 REACH = Task("metaworld/reach-v3", 600, demonstrations=25)
 SEEDS = (0, 1, 2)
@@ -81,6 +87,9 @@ NETWORKS: dict[str, Any] = {
     # levels are embedded narrowly: those of 17 positions side by side would else be most of the streaming network
     "mlp": MLPConfig(width=256, num_blocks=3, step_embed_dim=16),
     "transformer": TransformerConfig(width=64, num_layers=3, num_heads=4, dropout=0.0),
+    "mode": MoDEConfig(
+        embed_dim=64, num_layers=3, num_heads=4, attention_dropout=0.0, residual_dropout=0.0, expert_dropout=0.0
+    ),
     "unet": UNet1DConfig(step_embed_dim=128),  # 63.5 million parameters on Push-T, as LeRobot builds it
 }
 TRAINING: dict[str, Any] = {
@@ -94,8 +103,10 @@ TRAINING: dict[str, Any] = {
 }
 OTHERWISE: dict[str, dict[str, Any]] = {
     "transformer": {"batch_size": 64, "precision": "fp32"},  # bf16 is slower at this size
+    "mode": {"batch_size": 64},
     "unet": {"batch_size": 16, "lr": 3e-4, "ema_decay": 0.99},
 }
+BESO = ProcessConfig("edm", sigma_min=0.05, sigma_max=1.0)
 STUDENT = DistillConfig("direct", nfe=1, teacher_steps=8)
 DDIM = SamplerConfig("ddim", 10, clip=1.0)
 
@@ -130,16 +141,22 @@ def collect_to(task: Task, folder: str) -> dict[str, float]:
     return {"frames": float(episodes.num_frames)}
 
 
-def untrained(kind: str, episodes: Episodes, seed: int) -> DiffusionPolicy:
+def untrained(kind: str, episodes: Episodes, seed: int) -> Any:
     """Return a new policy of a kind."""
     torch.manual_seed(seed)
-    streaming, unet = kind == "streaming", kind == "unet"
+    if kind == "mode":
+        keys = [key for key in episodes.features if key.startswith("observation.")]
+        return make_mode(
+            episodes, observation=keys, seed=seed, network=NETWORKS["mode"], obs_horizon=TO, pred_horizon=TP,
+            action_horizon=TA,
+        )  # fmt: skip
+    streaming, unet, beso = kind == "streaming", kind == "unet", kind == "beso"
     config = make_config(
         episodes,
         network=full_config(NETWORKS.get(kind, NETWORKS["mlp"])),
-        process="flow" if kind == "flow" else "vp-cosine",
-        objective=None if kind in ("flow", "unet") else ObjectiveConfig("v", "uniform"),
-        sampler=None if kind in ("flow", "streaming") else DDIM,
+        process=BESO if beso else "flow" if kind == "flow" else "vp-cosine",
+        objective=None if kind in ("flow", "unet", "beso") else ObjectiveConfig("v", "uniform"),
+        sampler=None if kind in ("flow", "streaming", "beso") else DDIM,
         obs_horizon=TO,
         pred_horizon=16 if unet else TP,  # a U-Net halves it twice
         action_horizon=TA,
@@ -174,7 +191,8 @@ def training(kind: str, task: Task, seed: int) -> TrainConfig:
 
 def updates(kind: str, task: Task) -> int:
     """Return how many updates a policy gets."""
-    return {"student": max(1, task.steps // 4), "transformer": 4 * task.steps}.get(kind, task.steps)
+    shares = {"student": 0.25, "mode": 1.5, "transformer": 4.0}
+    return max(1, int(shares.get(kind, 1.0) * task.steps))
 
 
 def folder_of(run: Run, task: Task, kind: str, seed: int) -> str:

@@ -17,6 +17,7 @@ from dipole.data import Episodes, Windows
 from dipole.envs import make
 from dipole.evaluation.rollout import rollout
 from dipole.evaluation.seeds import episode_seeds, first_seed, policy_generator
+from dipole.networks.moe import MoDE
 from dipole.policies import DiffusionPolicy, SamplerConfig
 from dipole.realtime import Runtime, apply
 from dipole.realtime.block_schedule import ScheduleOptions, make_schedule, options_table
@@ -82,6 +83,10 @@ TRAINED = (
 )
 
 
+LOW_NOISE = tuple(_sampled(f"beso-{k}", "beso", k, SamplerConfig("ddim", k, "exponential")) for k in (1, 2, 5))
+EXPERTS = tuple(_sampled(f"mode-{k}", "mode", k, SamplerConfig("ddim", k, "exponential")) for k in (1, 2, 5))
+
+
 def _warm(name: str, calls: int, steps: int, calibrated: bool = True) -> Way:
     # The first chunk of an episode gets what DDIM would spend on eight env steps.
     first = calls * (TA // steps)
@@ -110,10 +115,12 @@ CACHED = (
     _sampled("transformer ddpm-100", "transformer", 100, DDPM100),
     Way("transformer ddpm-100 cached", "transformer", 100, Runtime("block-cache", sampler=DDPM100)),
 )
-WAYS = {way.name: way for way in (*SOLVERS, *TRAINED, *EVERY_STEP, *RENOISED, *CACHED)}
+WAYS = {way.name: way for way in (*SOLVERS, *TRAINED, *LOW_NOISE, *EXPERTS, *EVERY_STEP, *RENOISED, *CACHED)}
 GROUPS: dict[str, tuple[Way, ...]] = {
     "solvers": SOLVERS,
     "trained": TRAINED,
+    "beso": LOW_NOISE,
+    "mode": EXPERTS,
     "every-step": EVERY_STEP,
     "renoised": RENOISED,
 }
@@ -123,6 +130,8 @@ PAIRS = (
     *((f"flow-{k}", f"ddim-{k}") for k in (1, 2, 5)),
     ("distilled-1", "ddim-1"),
     *((f"streaming-{k}", f"ddim-{k}") for k in (1, 2, 5)),
+    *((f"beso-{k}", f"ddim-{k}") for k in (1, 2, 5)),
+    *((f"mode-{k}", f"ddim-{k}") for k in (1, 2, 5)),
     ("rti-2", "ddim-2"),
     *((f"rti-{k} every step", f"ddim-{k} every step") for k in (1, 3)),
     *((f"rti-{k} every step", f"ddim-{TA * k}") for k in (1, 3)),
@@ -167,6 +176,12 @@ def observations(policy: Any, episodes: Episodes, count: int) -> dict[str, Tenso
     return {key: torch.from_numpy(batch[key]) for key in keys}
 
 
+def entry(policy: Any) -> torch.nn.Module:
+    """Return what is called once in every network call: MoDE with its experts fused is another module than MoDE."""
+    network: torch.nn.Module = policy.network
+    return network.embed_action if isinstance(network, MoDE) else network
+
+
 def counted(policy: Any, network: torch.nn.Module, obs: dict[str, Tensor], chunks: int = 3) -> list[int]:
     """Return the network calls of the first chunks of an episode, counted at the network itself."""
     seen: list[None] = []
@@ -206,7 +221,7 @@ def measure(group: str, task: Task, seed: int, demos: str, folders: dict[str, st
         for way in GROUPS[group]:
             policy = policy_of(folders[way.kind])
             runner = running(way, policy, task, episodes)
-            first, *later = counted(runner, policy.network, observations(policy, episodes, 1))
+            first, *later = counted(runner, entry(policy), observations(policy, episodes, 1))
             found = played(runner, env, seed)
             total = EPISODES * first + (found["chunks"] - EPISODES) * later[-1]
             results[way.name] = {**found, "calls": total / found["steps"], "counted": [first, *later]}

@@ -1,6 +1,7 @@
 """DSRL's exact checks: the noise path is the policy's own, distillation, boxes, and the plain SAC inside."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -133,8 +134,8 @@ def test_action_critic_needs_no_noise_in_the_data():
     learner = learner_of()
     batch = learner.collector.collect(learner.decide, 4).flat()
     batch.pop("noise")
-    learner.update_critic(batch)
-    learner.distil(batch)
+    figures = learner.update_critic(batch) | learner.distil(batch)
+    assert all(math.isfinite(value) for value in figures.values())
 
 
 def test_no_gradient_reaches_the_policy():

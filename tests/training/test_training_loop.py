@@ -283,8 +283,9 @@ def test_resuming_with_other_settings_names_them(tmp_path, change, message):
 
 
 def test_settings_that_change_no_weight_may_differ(tmp_path):
-    run(tmp_path)
-    run(tmp_path, resume=True, log_every=3, save_every=9, prefetch=1)
+    done = run(tmp_path)
+    again = run(tmp_path, resume=True, log_every=3, save_every=9, prefetch=1)
+    assert (again.steps, again.resumed_from) == (done.steps, done.steps)
 
 
 # --- folders

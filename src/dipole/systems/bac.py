@@ -33,7 +33,7 @@ from dipole.realtime.block_schedule import (
 from dipole.realtime.cost import Cost, chunk_cost
 from dipole.systems.bac_checks import cache_checks, chunks, rms, scheduler_checks
 from dipole.systems.card import Card, Claim, Margin, Measure, Source
-from dipole.systems.experiment import listed, over_seeds, play, rate, train
+from dipole.systems.experiment import listed, observations, over_seeds, play, rate, train
 from dipole.systems.run import Run
 from dipole.training.config import TrainConfig
 
@@ -82,14 +82,6 @@ def build(episodes: Episodes, network: Any, seed: int, levels: int = LEVELS) -> 
         sampler=SamplerConfig("ddpm", levels, clip=1.0),
     )
     return make_policy(config, episodes).eval()
-
-
-def observations(policy: DiffusionPolicy, episodes: Episodes, count: int, seed: int) -> dict[str, Tensor]:
-    """Return observations of demonstrations, drawn at random, `[count, To, ...]`."""
-    keys = list(policy.config.observation)
-    windows = Windows(episodes, keys, "action", policy.obs_horizon, policy.pred_horizon, policy.action_horizon)
-    batch = windows.batch(np.random.default_rng(seed).choice(len(windows), count, replace=False))
-    return {key: torch.from_numpy(batch[key]) for key in keys}
 
 
 def milliseconds(policies: dict[str, Any], obs: dict[str, Tensor]) -> dict[str, float]:

@@ -41,10 +41,9 @@ from dipole.systems.equal_calls_ways import (
     entry,
     measure,
     measure_cache,
-    observations,
     running,
 )
-from dipole.systems.experiment import listed
+from dipole.systems.experiment import listed, observations
 from dipole.systems.run import Job, Run
 from dipole.training.student import make_student
 

@@ -11,7 +11,8 @@ from dipole.evaluation.statistics import mcnemar, paired_difference
 from dipole.realtime import Runtime, apply
 from dipole.systems.card import Claim, Margin, Measure
 from dipole.systems.equal_calls_bases import REACH, demonstrations, policy_of
-from dipole.systems.equal_calls_ways import EPISODES, observations, played, simulators
+from dipole.systems.equal_calls_ways import EPISODES, played, simulators
+from dipole.systems.experiment import observations
 
 PRECISIONS = ("fp32", "bf16")
 PROBES = 32

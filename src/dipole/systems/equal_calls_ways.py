@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dipole.data import Episodes, Windows
+from dipole.data import Episodes
 from dipole.envs import make
 from dipole.evaluation.rollout import rollout
 from dipole.evaluation.seeds import episode_seeds, first_seed, policy_generator
@@ -27,6 +26,7 @@ from dipole.realtime.rti import RTIConfig
 from dipole.realtime.start_level import calibrate
 from dipole.serialization import to_dict
 from dipole.systems.equal_calls_bases import TA, Task, demonstrations, policy_of
+from dipole.systems.experiment import observations
 
 EPISODES = 100
 ROWS = {"pusht": 50}  # episodes side by side; a simulator of Meta-World takes longer to make than to play
@@ -166,14 +166,6 @@ def cached(policy: DiffusionPolicy, episodes: Episodes, count: int = CALIBRATION
     cost = chunk_cost(policy, {key: value[:1] for key, value in obs.items()})
     runtime = replace(WAYS["transformer ddpm-100 cached"].runtime, options=options_table(schedule))
     return apply(policy, runtime), cost.equal_calls(cost.cached(schedule)), cost
-
-
-def observations(policy: Any, episodes: Episodes, count: int) -> dict[str, Tensor]:
-    """Return observations of demonstrations, drawn at random, `[count, To, ...]`."""
-    keys = list(policy.config.observation)
-    windows = Windows(episodes, keys, "action", policy.obs_horizon, policy.pred_horizon, policy.action_horizon)
-    batch = windows.batch(np.random.default_rng(0).choice(len(windows), count, replace=False))
-    return {key: torch.from_numpy(batch[key]) for key in keys}
 
 
 def entry(policy: Any) -> torch.nn.Module:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dipole.data import Episodes, Windows
 from dipole.envs import make
 from dipole.evaluation.episode import Rollouts
 from dipole.evaluation.rollout import rollout
@@ -55,6 +56,14 @@ def play(policy: Any, env_name: str, episodes: int, seed: int = 0, keep_trajecto
         return rollout(policy, env, seeds, block=episodes, keep_trajectories=keep_trajectories)
     finally:
         env.close()
+
+
+def observations(policy: Any, episodes: Episodes, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Return observations of demonstrations, drawn at random, `[count, To, ...]`."""
+    keys = list(policy.config.observation)
+    windows = Windows(episodes, keys, "action", policy.obs_horizon, policy.pred_horizon, policy.action_horizon)
+    batch = windows.batch(np.random.default_rng(seed).choice(len(windows), count, replace=False))
+    return {key: torch.from_numpy(batch[key]) for key in keys}
 
 
 def over_seeds(values: Sequence[float], low: float = -math.inf, high: float = math.inf, unit: str = "") -> Measure:

@@ -55,6 +55,7 @@ def test_operators(parents, tmp_path, capsys):
         (["--operator", "and", "--weights", "0.5", "0.5"], "no weights"),
         (["--rounds", "0"], "at least 1"),
         (["--operator", "and", "--sampler", "ddpm:3"], "adds noise"),
+        (["--env-options", "keypoints=true"], "keypoints"),
     ],
 )
 def test_bad_input_is_one_line(parents, tmp_path, capsys, words, says):

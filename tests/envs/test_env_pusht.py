@@ -79,6 +79,17 @@ def test_picture_shows_nothing_of_the_last_episode():
     env.close()
 
 
+def test_pictures_with_the_numbers_beside_them(env):
+    both = PushT("pusht-image", keypoints=True)
+    assert set(both.spec.observation) == {"observation.state", "observation.image", "observation.environment_state"}
+    target, seen, known = np.array([300.0, 200.0], dtype=np.float32), both.reset(5), env.reset(5)
+    for _ in range(3):
+        for key, value in known.items():
+            assert np.array_equal(seen[key], value), key
+        seen, known = both.step(target).obs, env.step(target).obs
+    both.close()
+
+
 @pytest.mark.skipif(not DEMOS.exists(), reason="the recorded human episodes (shared data) are not here")
 def test_replayed_human_episodes_solve_the_task(env):
     """Set to the recorded start and driven by the recorded actions, most episodes reach a high coverage again."""

@@ -53,8 +53,7 @@ def test_missing_demonstrations_say_where_they_come_from(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_experiment_runs_and_resumes(monkeypatch, one_worker, tmp_path):
-    kinds = ("base", "flow", "streaming", "beso", "mode", "transformer")
-    task = Task("micro/fork2d", 2, kinds, demonstrations=3, options={})
+    task = Task("micro/fork2d", 2, demonstrations=3, options={})
     reach = Task("micro/track2d", 2, demonstrations=3, options={})
     small = {
         "mlp": MLPConfig(width=16, num_blocks=1, context_width=8),

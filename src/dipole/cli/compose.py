@@ -6,7 +6,7 @@ that names the parents' folders: keep those where they are.
 
 Examples:
   dipole compose runs/a runs/b --env pusht
-  dipole compose runs/state runs/image --env pusht-image --weights 0.4 0.6
+  dipole compose runs/state runs/image --env pusht-image --env-options keypoints=true --weights 0.4 0.6
   dipole compose runs/a runs/b runs/c --env pusht --divisions 5 --search-episodes 10
   dipole compose runs/a runs/b --env pusht --operator and --sampler ddim:20
   dipole compose runs/a runs/b --env pusht --json
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from dipole.cli.words import env_options
 
 if TYPE_CHECKING:
     from dipole.evaluation.weight_search import SearchResult, Verdict
@@ -58,6 +60,8 @@ class Args:
     """Environments run at once. Does not change the result."""
     max_steps: int | None = None
     """Longest episode in env steps, in place of the environment's own."""
+    env_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=VALUE ...")] = ()
+    """Options of the environment, e.g. keypoints=true for a Push-T with pictures and the numbers."""
     mode: Literal["sync", "async", "native"] | None = None
     """How environments run at once."""
     device: str = "cpu"
@@ -78,6 +82,7 @@ def run(args: Args) -> None:
     seed = first_seed(args.seed)
     episode_seeds(seed, args.episodes)  # impossible numbers are reported before policies are loaded
     config = WeightSearch(args.divisions, args.search_episodes, args.rounds)
+    options = env_options(args.env_options, args.env)
     if args.operator == "and" and args.weights:
         raise DipoleError("operator 'and' has no weights: leave --weights out")
     policy = compose(
@@ -91,7 +96,7 @@ def run(args: Args) -> None:
         from dipole.evaluation.sweep import parse_sampler
 
         policy = policy.with_sampler(parse_sampler(args.sampler, policy.sampler))
-    env = make(args.env, num_envs=max(1, args.num_envs), mode=args.mode)
+    env = make(args.env, num_envs=max(1, args.num_envs), mode=args.mode, **options)
     found = None
     try:
         if not args.weights and args.operator == "convex":
@@ -139,6 +144,7 @@ def _document(args: Args, policy: Any, found: SearchResult | None, verdict: Verd
 
     return {
         "env": args.env,
+        "env_options": env_options(args.env_options, args.env),
         "parents": [str(parent) for parent in args.parents],
         "operator": args.operator,
         "weights": list(policy.weights),

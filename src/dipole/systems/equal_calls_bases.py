@@ -54,7 +54,6 @@ class Task:
     Attributes:
         env: Environment.
         steps: Updates of each policy.
-        kinds: Policies that are trained besides the student.
         demonstrations: How many the scripted expert gives; 0 for the human ones of Push-T.
         noise: Of the expert's actions.
         options: Of the environment.
@@ -62,7 +61,6 @@ class Task:
 
     env: str
     steps: int
-    kinds: tuple[str, ...] = ("base", "flow", "streaming", "beso")
     demonstrations: int = 50
     noise: float = 0.1
     options: dict[str, Any] = field(default_factory=lambda: {"max_steps": 200})  # experts need about 100
@@ -75,10 +73,12 @@ class Task:
 
 TASKS = (
     Task("pusht", 4000, demonstrations=0, noise=0.0, options={}),
-    Task("metaworld/peg-insert-side-v3", 2000, ("base", "flow", "streaming", "beso", "mode", "transformer")),
+    Task("metaworld/peg-insert-side-v3", 2000),
 )
 REACH = Task("metaworld/reach-v3", 600, demonstrations=25)
 SEEDS = (0, 1, 2)
+KINDS = ("base", "flow", "streaming", "beso", "mode", "transformer")
+"""Policies that are trained besides the student."""
 HUMAN = "pusht_human_206_lowdim.npz"
 
 # Tp is one more than 16, so that beside the To - 1 = 1 past action two whole pieces of Ta fit in, as streaming needs.
@@ -224,7 +224,7 @@ def train_all(run: Run) -> dict[str, dict[str, float]]:
         [(f"demos-{task.name}", source_of(task), partial(collect_to, task, demos_of(run, task))) for task in simulated]
     )
     first = [_job(run, "unet", REACH, 0)]
-    first += [_job(run, kind, task, seed) for seed in SEEDS for task in TASKS for kind in task.kinds]
+    first += [_job(run, kind, task, seed) for seed in SEEDS for task in TASKS for kind in KINDS]
     students = [_job(run, "student", task, seed) for seed in SEEDS for task in TASKS]
     names = [name for name, _, _ in (*first, *students)]
     return dict(zip(names, [*run.parts(first), *run.parts(students)], strict=True))

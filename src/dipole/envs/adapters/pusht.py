@@ -40,14 +40,19 @@ class PushT:
     Args:
         name: `pusht` (agent position and the block's corners) or `pusht-image` (agent position and a 96 x 96 picture).
         terminate_on_success: End the episode when coverage exceeds 0.95.
+        keypoints: With a picture, too, give the block's corners: for a composition of policies of which one acts by
+            them and one by the picture.
     """
 
-    def __init__(self, name: str, terminate_on_success: bool = True) -> None:
+    def __init__(self, name: str, terminate_on_success: bool = True, keypoints: bool = False) -> None:
         self._images = name == "pusht-image"
+        self._keypoints = keypoints or not self._images
         self._terminate = terminate_on_success
         kind = "pixels_agent_pos" if self._images else "environment_state_agent_pos"
         self._env = _gym_pusht()(obs_type=kind, visualization_width=384, visualization_height=384)
-        scene = {"observation.image": _IMAGE} if self._images else {"observation.environment_state": _KEYPOINTS}
+        scene = {"observation.image": _IMAGE} if self._images else {}
+        if self._keypoints:
+            scene["observation.environment_state"] = _KEYPOINTS
         self.spec = EnvSpec(
             name=name,
             observation={"observation.state": _AGENT, **scene},
@@ -64,8 +69,9 @@ class PushT:
         obs = {"observation.state": raw["agent_pos"].astype(np.float32)}
         if self._images:
             obs["observation.image"] = raw["pixels"]
-        else:
-            obs["observation.environment_state"] = raw["environment_state"].astype(np.float32)
+        if self._keypoints:
+            corners = self._env.get_keypoints(self._env._block_shapes)
+            obs["observation.environment_state"] = corners.flatten().astype(np.float32)
         return obs
 
     def reset(self, seed: int) -> Observation:
@@ -112,6 +118,6 @@ class PushT:
         self._env.close()
 
 
-def build(name: str, terminate_on_success: bool = True) -> PushT:
+def build(name: str, terminate_on_success: bool = True, keypoints: bool = False) -> PushT:
     """Return one environment; the options are those of `PushT`."""
-    return PushT(name, terminate_on_success)
+    return PushT(name, terminate_on_success, keypoints)

@@ -1,10 +1,8 @@
 import pytest
 import torch
-from torch import nn
 
 from dipole.errors import DipoleError
 from dipole.networks import UNet1DConfig
-from dipole.networks.unet1d import Conv1d
 
 
 @pytest.mark.parametrize(("levels", "horizon"), [(3, 6), (3, 2), (4, 12), (2, 5)])
@@ -27,25 +25,6 @@ def test_horizon_must_divide(levels, horizon):
 def test_impossible_shapes(options, message):
     with pytest.raises(DipoleError, match=message):
         UNet1DConfig(**options).build(2, 8, {})
-
-
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 4), (2, 4), (1, 8), (1, 16), (3, 16)])
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (5, 1), (3, 2)])
-def test_conv1d_is_torchs(batch, length, kernel, stride):
-    """On both sides of the number of columns where the matrix product takes over."""
-    torch.manual_seed(0)
-    conv = Conv1d(6, 10, kernel, stride, padding=kernel // 2).double()
-    x = torch.randn(batch, 6, length, dtype=torch.float64)
-    torch.testing.assert_close(conv(x), nn.Conv1d.forward(conv, x), atol=1e-13, rtol=1e-13)
-
-
-def test_conv1d_gradients_are_torchs():
-    torch.manual_seed(0)
-    conv, x = Conv1d(4, 4, 3, padding=1).double(), torch.randn(1, 4, 4, dtype=torch.float64, requires_grad=True)
-    tensors = (x, *conv.parameters())
-    ours = torch.autograd.grad(conv(x).square().sum(), tensors)
-    theirs = torch.autograd.grad(nn.Conv1d.forward(conv, x).square().sum(), tensors)
-    torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-13)
 
 
 def test_any_horizon_that_divides():

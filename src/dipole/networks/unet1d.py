@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipole.errors import DipoleError
+from dipole.networks.convolution import Conv1d
 from dipole.networks.embedding import CondDims, StepEncoder, flat_width, flatten_cond
 from dipole.networks.hooks import BlockHook, branch
 
@@ -56,22 +57,6 @@ class UNet1DConfig:
     def build(self, action_dim: int, pred_horizon: int, cond_dims: CondDims) -> UNet1D:
         """Return the network for chunks `[B, pred_horizon, action_dim]` and these conditioning sets."""
         return UNet1D(self, action_dim, pred_horizon, cond_dims)
-
-
-class Conv1d(nn.Conv1d):
-    """`nn.Conv1d`, but on a CPU with very few output columns (a batch of one, short chunks) as one matrix product.
-
-    The convolution kernels re-order the whole weight on every call, which then costs 2-3 times the arithmetic.
-    A graph that is compiled or exported keeps the convolution.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve `x` `[B, C, T]`."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] * x.shape[2] > 8 * self.stride[0]:
-            return super().forward(x)
-        pad = int(self.padding[0])
-        columns = F.pad(x, (pad, pad)).unfold(2, self.kernel_size[0], self.stride[0]).transpose(1, 2).flatten(2)
-        return F.linear(columns, self.weight.flatten(1), self.bias).transpose(1, 2)
 
 
 class ConvBlock(nn.Module):

@@ -2,11 +2,11 @@
 
     python benchmarks/training_speed.py --peer-python PATH_TO_A_PYTHON_WITH_LEROBOT_0.4 [--device cuda]
 
-Both train a 1-D U-Net (64, 128, 256) on random state demonstrations written as one LeRobotDataset v3.0, batch 64, and
-count windows per second of the whole loop (loading, forward, backward, optimizer) after a start. LeRobot runs as its
-trainer does (fp32, data loader workers: two on a CPU, eight beside a GPU); dipole with its defaults (it chooses bf16
-where that is measured to be faster), on a GPU with `--compile`, and, for the part that is not precision, in fp32 as
-well. They run one after the other, never at once.
+Both train a 1-D U-Net, a small and a large one, on random state demonstrations written as one LeRobotDataset v3.0,
+batch 64, and count windows per second of the whole loop (loading, forward, backward, optimizer) after a start. LeRobot
+runs as its trainer does (fp32, data loader workers: two on a CPU, eight beside a GPU); dipole with its defaults (it
+chooses bf16 where that is measured to be faster), on a GPU with `--compile`, and, for the part that is not precision,
+in fp32 as well. They run one after the other, never at once.
 """
 
 from __future__ import annotations
@@ -23,27 +23,35 @@ from typing import Any
 import numpy as np
 import torch
 
-DOWN_DIMS = [64, 128, 256]
-BATCH, SECONDS, GPU_STEPS = 64, 20.0, 1500
+SIZES = {"4.6 M": [64, 128, 256], "63.5 M": [256, 512, 1024]}
+BATCH, SECONDS, GPU_STEPS = 64, 30.0, 1500
 PEER = Path(__file__).parent / "peers" / "lerobot_training_speed.py"
 
 
 def run(peer_python: str | None = None, device: str = "cpu") -> dict[str, Any]:
-    """Return windows per second of both (`ours`, `peer`), their ratio, and ours in fp32."""
+    """Return windows per second of both (`ours`, `peer`), their ratio, and ours in fp32; every size under `all`."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         write_data(data)
-        peer = None if peer_python is None else peer_speed(peer_python, data, device)
-        ours = {name: our_speed(data, Path(folder) / name, name, device) for name in ("auto", "fp32")}
-        eager = None if device == "cpu" else our_speed(data, Path(folder) / "eager", "fp32", device, compile=False)
+        sizes = [_measure(data, Path(folder), name, peer_python, device) for name in SIZES]
+    return {**sizes[0], "name": "training_speed", "all": sizes}
+
+
+def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, Any]:
+    down_dims = SIZES[name]
+    peer = None if peer_python is None else peer_speed(peer_python, data, device, down_dims)
+    ours, fp32 = (our_speed(data, folder / f"{name} {kind}", kind, device, down_dims) for kind in ("auto", "fp32"))
+    eager = None
+    if device != "cpu":
+        eager = our_speed(data, folder / f"{name} eager", "fp32", device, down_dims, compile=False)
     return {
-        "name": "training_speed",
-        "ours": ours["auto"],
-        "ours_fp32": ours["fp32"],
+        "name": f"U-Net of {name} parameters",
+        "ours": ours,
+        "ours_fp32": fp32,
         "ours_fp32_not_compiled": eager,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "peer": peer,
-        "ratio": None if peer is None else ours["auto"] / peer,
+        "ratio": None if peer is None else ours / peer,
         "unit": "windows/s",
         "target": "ratio >= 5",
         "threads": torch.get_num_threads(),
@@ -62,14 +70,14 @@ def write_data(folder: Path) -> None:
     lerobot.write(Episodes.from_list(episodes, features, 10.0, ()), folder)
 
 
-def our_speed(data: Path, out: Path, precision: Any, device: str, compile: bool = True) -> float:
+def our_speed(data: Path, out: Path, precision: Any, device: str, down_dims: list[int], compile: bool = True) -> float:
     """Return dipole's windows per second: the median over intervals of the log, without the first, which compiles."""
     from dipole.data import load
     from dipole.policies import make_config, make_policy
     from dipole.training import TrainConfig, read_metrics, train
 
     episodes = load(data)
-    policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": DOWN_DIMS}), episodes)
+    policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": down_dims}), episodes)
     config = TrainConfig(
         steps=GPU_STEPS if device == "cuda" else None,
         minutes=None if device == "cuda" else SECONDS / 60,  # compiling would take its share
@@ -77,6 +85,7 @@ def our_speed(data: Path, out: Path, precision: Any, device: str, compile: bool 
         precision=precision,
         val_fraction=0.0,
         save_every=10**9,
+        log_every=10,
         device="cpu" if device == "cpu" else "auto",
         compile=compile and device == "cuda",
     )
@@ -84,9 +93,9 @@ def our_speed(data: Path, out: Path, precision: Any, device: str, compile: bool 
     return median([row["samples_per_s"] for row in read_metrics(out) if "samples_per_s" in row][1:])
 
 
-def peer_speed(python: str, data: Path, device: str) -> float:
+def peer_speed(python: str, data: Path, device: str, down_dims: list[int]) -> float:
     """Return LeRobot's windows per second."""
-    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(DOWN_DIMS), device]
+    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(down_dims), device]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:

@@ -1,6 +1,7 @@
-"""Run by a Python with LeRobot 0.4: trains its default diffusion policy for some minutes. See ../time_to_pusht.py.
+"""Run by a Python with LeRobot 0.4: trains its diffusion policy for some minutes. See ../time_to_pusht.py.
 
-Arguments: LeRobotDataset v3.0 folder, folder for the policy, minutes, threads. Prints the number of updates.
+Arguments: LeRobotDataset v3.0 folder, folder for the policy, minutes, threads, channels of the U-Net's levels (JSON).
+Prints the number of updates.
 """
 
 import json
@@ -30,6 +31,7 @@ def main() -> None:
         },
         output_features={"action": PolicyFeature(FeatureType.ACTION, (2,))},
         normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX),
+        down_dims=tuple(json.loads(sys.argv[5])),
         crop_shape=None,
         device="cpu",
     )

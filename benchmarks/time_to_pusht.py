@@ -6,8 +6,8 @@ Started by hand, because it takes up to an hour: it is no part of `make bench`. 
 demonstrations (state observations). dipole trains the U-Net of docs/howto/make-it-fast.md, 1.4 million parameters that
 predict the clean chunk, from the beginning with each of a few budgets, so that every score belongs to a whole
 learning-rate schedule, until one reaches 0.9. LeRobot trains for `--peer-minutes`, with the schedule of its default
-200,000 updates, its default policy (some 250 million parameters) and one with a U-Net as small as ours; the results are
-imported and evaluated by the same code on the same seeds, with DDIM-10 (its own DDPM-100 would take most of a day here).
+200,000 updates, its default policy (250 million parameters or so) and one with a U-Net as small as ours; both are
+imported and evaluated by the same code on the same seeds, with DDIM-10 (their own DDPM-100 would take most of a day).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolutions over the few positions of an action chunk, on a CPU: the same numbers, from faster kernels.
+"""Convolutions over the few positions of an action chunk, on a CPU: from faster kernels, the same but for rounding.
 
 The kernels that torch chooses are made for images. Two cases that they are slow at are computed in another way: a batch
 of one, when acting, and the gradient of the weights in bfloat16, when training.

@@ -222,3 +222,16 @@ def test_on_resumption_places_are_chosen_as_a_whole():
     back = _merged(ray, {"rollouts": "local", "seed": 3})
     assert (_config(back).mode, _config(back).ray_address, _config(back).seed) == (None, None, 3)
     assert _config(_merged(back, {"mode": "sync"})).mode == "sync"
+
+
+def test_options_of_the_environment(base, tmp_path, capsys):
+    out, words = tmp_path / "run", ["--env", ENV, *SMALL, *RESIP]
+    assert "unknown option" in error(capsys, "resip", base, "--out", out, *words, "--env-options", "height=2")
+    assert not out.exists()
+    finetune("resip", base, "--out", out, *words, "--env-options", "max_steps=9")
+    assert json.loads((out / "finetune.json").read_text())["data"]["options"] == {"max_steps": 9}
+    assert [row["train/length"] for row in read_metrics(out) if "train/length" in row][-1] <= 9
+    finetune("resip", base, "--out", out, "--resume", "--env-steps", "60")
+    assert [row["train/length"] for row in read_metrics(out) if "train/length" in row][-1] <= 9
+    other = error(capsys, "resip", base, "--out", out, "--resume", "--env-options", "max_steps=8", "--env-steps", "80")
+    assert "max_steps" in other

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from dipole.cli.words import table
+from dipole.cli.words import env_options, table
 from dipole.errors import DipoleError
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class Args:
     """Film this many of them (the first ones), base and result; none where the machine cannot render."""
     max_steps: Annotated[int | None, _option("INT")] = None
     """Longest episode in env steps, in place of the environment's own."""
+    env_options: Annotated[tuple[str, ...] | None, _option("KEY=VALUE ...")] = None
+    """Options of the environment, e.g. randomise=1 for pictures that vary."""
     mode: Annotated[Literal["sync", "async", "native"] | None, _option("sync|async|native")] = None
     """How environments run at once: one after the other, or in worker processes (async)."""
     rollouts: Annotated[Literal["local", "ray"] | None, _option("local|ray", "local")] = None
@@ -191,7 +193,8 @@ def _with_sampler(policy: Any, options: Mapping[str, Any]) -> Any:
 
 
 def _env_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("max_steps",) if name in options}
+    given = env_options(options.get("env_options", ()), options["env"])
+    return {name: options[name] for name in ("max_steps",) if name in options} | given
 
 
 def _review(policy: Any, result: FinetuneResult, options: Mapping[str, Any]) -> Comparison | None:

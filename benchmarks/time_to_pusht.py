@@ -27,26 +27,10 @@ SCORE, EPISODES = 0.9, 100
 PEER = Path(__file__).parent / "peers" / "lerobot_train_pusht.py"
 PEERS = {"small": "[32, 64, 128]", "default": "[512, 1024, 2048]"}
 OPTIONS = [
-    "--policy",
-    "unet",
-    "--network",
-    "down_dims=[32,64,128]",
-    "step_embed_dim=128",
-    "--process",
-    "vp-cosine",
-    "--prediction",
-    "x0",
-    "--batch-size",
-    "128",
-    "--lr",
-    "1e-3",
-    "--weight-decay",
-    "1e-4",
-    "--val-fraction",
-    "0.03",
-    "--precision",
-    "bf16",
-]
+    "--policy", "unet", "--network", "down_dims=[32,64,128]", "step_embed_dim=128", "--process", "vp-cosine",
+    "--prediction", "x0", "--batch-size", "128", "--lr", "1e-3", "--weight-decay", "1e-4", "--val-fraction", "0.03",
+    "--precision", "bf16",
+]  # fmt: skip
 
 
 def dipole(*words: Any) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class PushT:
         if self._images:
             obs["observation.image"] = raw["pixels"]
         if self._keypoints:
-            corners = self._env.get_keypoints(self._env._block_shapes)
+            corners = self._env.get_keypoints(self._env._block_shapes) if self._images else raw["environment_state"]
             obs["observation.environment_state"] = corners.flatten().astype(np.float32)
         return obs
 

@@ -5,8 +5,9 @@
 Both train a 1-D U-Net, a small and a large one, on random state demonstrations written as one LeRobotDataset v3.0,
 batch 64, and count windows per second of the whole loop (loading, forward, backward, optimizer) after a start. LeRobot
 runs as its trainer does (fp32, data loader workers: two on a CPU, eight beside a GPU); dipole with its defaults (it
-chooses bf16 where that is measured to be faster), on a GPU with `--compile`, and, for the part that is not precision,
-in fp32 as well. They run one after the other, never at once.
+chooses bf16 where that is measured to be faster, and records the update as a CUDA graph on a GPU). What the parts are
+worth is measured too: dipole in fp32, both with their networks compiled, and on a GPU dipole without the graph. They
+run one after the other, never at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -24,12 +26,20 @@ import numpy as np
 import torch
 
 SIZES = {"4.6 M": [64, 128, 256], "63.5 M": [256, 512, 1024]}
-BATCH, SECONDS, GPU_STEPS = 64, 30.0, 1500
+BATCH, SECONDS = 64, 30.0
+# On a GPU a number of updates: compiling would take its share of a number of seconds.
+GPU_STEPS, GPU_STEPS_EAGER = 1500, 300
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours_fp32": {"precision": "fp32"},
+    "ours_compiled": {"compile": True},
+    "ours_fp32_without_graph": {"precision": "fp32", "cuda_graph": False},
+}
 PEER = Path(__file__).parent / "peers" / "lerobot_training_speed.py"
 
 
 def run(peer_python: str | None = None, device: str = "cpu") -> dict[str, Any]:
-    """Return windows per second of both (`ours`, `peer`), their ratio, and ours in fp32; every size under `all`."""
+    """Return windows per second of both (`ours`, `peer`), their ratio, and of the variants; every size under `all`."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         write_data(data)
@@ -38,20 +48,19 @@ def run(peer_python: str | None = None, device: str = "cpu") -> dict[str, Any]:
 
 
 def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, Any]:
-    down_dims = SIZES[name]
-    peer = None if peer_python is None else peer_speed(peer_python, data, device, down_dims)
-    ours, fp32 = (our_speed(data, folder / f"{name} {kind}", kind, device, down_dims) for kind in ("auto", "fp32"))
-    eager = None
-    if device != "cpu":
-        eager = our_speed(data, folder / f"{name} eager", "fp32", device, down_dims, compile=False)
+    speeds: dict[str, float] = {}
+    for variant, options in VARIANTS.items():
+        if device == "cuda" or "cuda_graph" not in options:
+            speeds[variant] = our_speed(data, folder / f"{name} {variant}", device, SIZES[name], **options)
+    for variant, compiled in {"peer": False, "peer_compiled": True}.items():
+        if peer_python is not None:
+            speeds[variant] = peer_speed(peer_python, data, device, SIZES[name], compiled)
+    print(json.dumps({name: speeds}), file=sys.stderr, flush=True)
     return {
         "name": f"U-Net of {name} parameters",
-        "ours": ours,
-        "ours_fp32": fp32,
-        "ours_fp32_not_compiled": eager,
+        **speeds,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "peer": peer,
-        "ratio": None if peer is None else ours / peer,
+        "ratio": None if peer_python is None else speeds["ours"] / speeds["peer"],
         "unit": "windows/s",
         "target": "ratio >= 5",
         "threads": torch.get_num_threads(),
@@ -70,7 +79,7 @@ def write_data(folder: Path) -> None:
     lerobot.write(Episodes.from_list(episodes, features, 10.0, ()), folder)
 
 
-def our_speed(data: Path, out: Path, precision: Any, device: str, down_dims: list[int], compile: bool = True) -> float:
+def our_speed(data: Path, out: Path, device: str, down_dims: list[int], **options: Any) -> float:
     """Return dipole's windows per second: the median over intervals of the log, without the first, which compiles."""
     from dipole.data import load
     from dipole.policies import make_config, make_policy
@@ -78,24 +87,18 @@ def our_speed(data: Path, out: Path, precision: Any, device: str, down_dims: lis
 
     episodes = load(data)
     policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": down_dims}), episodes)
-    config = TrainConfig(
-        steps=GPU_STEPS if device == "cuda" else None,
-        minutes=None if device == "cuda" else SECONDS / 60,  # compiling would take its share
-        batch_size=BATCH,
-        precision=precision,
-        val_fraction=0.0,
-        save_every=10**9,
-        log_every=10,
-        device="cpu" if device == "cpu" else "auto",
-        compile=compile and device == "cuda",
-    )
+    if device == "cuda":
+        options["steps"] = GPU_STEPS if options.get("cuda_graph", True) else GPU_STEPS_EAGER
+    else:
+        options.update(steps=None, minutes=SECONDS / 60, device="cpu")
+    config = TrainConfig(batch_size=BATCH, val_fraction=0.0, save_every=10**9, log_every=10, **options)
     train(policy, episodes, config, out, progress=False)
     return median([row["samples_per_s"] for row in read_metrics(out) if "samples_per_s" in row][1:])
 
 
-def peer_speed(python: str, data: Path, device: str, down_dims: list[int]) -> float:
+def peer_speed(python: str, data: Path, device: str, down_dims: list[int], compiled: bool) -> float:
     """Return LeRobot's windows per second."""
-    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(down_dims), device]
+    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(down_dims), device, str(int(compiled))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:

@@ -17,7 +17,7 @@ WORKERS = {"cpu": 2, "cuda": 8}
 
 def main() -> None:
     root, batch, seconds, down_dims = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4])
-    device = sys.argv[5]
+    device, compiled = sys.argv[5], sys.argv[6] == "1"
     config = DiffusionConfig(
         input_features={
             "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
@@ -28,6 +28,7 @@ def main() -> None:
         down_dims=tuple(down_dims),
         crop_shape=None,
         device=device,
+        compile_model=compiled,
     )
     offsets = {"observation.state": (-1, 0), "observation.environment_state": (-1, 0), "action": range(-1, 15)}
     delta = {key: [i / 10 for i in steps] for key, steps in offsets.items()}
@@ -46,7 +47,7 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
             optimizer.step()
             done += batch
-            if begin is None:  # the first step starts the workers
+            if begin is None:  # the first step starts the workers, and compiles
                 done, begin = 0, time.perf_counter()
             if time.perf_counter() - begin > seconds:
                 break

@@ -97,7 +97,9 @@ class Args:
     precision: Annotated[Literal["auto", "fp32", "bf16"] | None, _option("auto|fp32|bf16", "auto")] = None
     """Of the loss; auto takes the faster one, measured at the start."""
     compile: bool = False
-    """Compile the network: a minute at the start, then faster updates; most on a GPU."""
+    """Compile the network: a minute at the start, then faster updates."""
+    cuda_graph: bool = True
+    """On a GPU, launch each update as one recorded CUDA graph."""
     val_fraction: Annotated[float | None, _option("FLOAT", "0.05")] = None
     """Share of the episodes held out to measure the loss on."""
     eval_every: Annotated[int | None, _option("INT", "four in all")] = None
@@ -159,8 +161,9 @@ def _given(args: Args) -> dict[str, Any]:
     skipped = ("out", "resume", "json")
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in skipped}
     given = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
-    if not args.compile:  # a flag that is left out is not given: --resume would take it back
-        del given["compile"]
+    for flag, default in (("compile", False), ("cuda_graph", True)):
+        if given[flag] == default:  # a flag that is left out is not given: --resume would take it back
+            del given[flag]
     if args.data is not None and Path(args.data).exists():
         given["data"] = str(Path(args.data).resolve())
     return given

@@ -18,13 +18,13 @@ _POSITIONS, _CHANNELS = range(3, 9), 128
 
 
 class Conv1d(nn.Conv1d):
-    """`nn.Conv1d`, computed as is fastest on a CPU. A graph that is compiled or exported keeps the convolution."""
+    """`nn.Conv1d`, computed as is fastest on a CPU. A graph for inference that is compiled keeps the convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x` `[B, C, T]`."""
-        if torch.compiler.is_compiling() or x.device.type != "cpu":
+        if torch.compiler.is_exporting() or x.device.type != "cpu":
             return super().forward(x)
-        if x.shape[0] * x.shape[2] <= 8 * self.stride[0]:
+        if not torch.compiler.is_compiling() and x.shape[0] * x.shape[2] <= 8 * self.stride[0]:
             return self._as_product(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if dtype != torch.bfloat16 or not self._has_slow_gradient(x):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dipole.networks.activation import mish
 from dipole.networks.embedding import CondDims, StepEncoder, flat_width, flatten_cond
 from dipole.networks.hooks import BlockHook, branch
 
@@ -68,7 +69,7 @@ class FiLMBlock(nn.Module):
         scale, shift = self.film(context).chunk(2, dim=-1)
         # FiLM follows at once, so the norm needs no scale and shift of its own.
         normed = F.layer_norm(h, h.shape[-1:])
-        out: Tensor = self.outer(self.dropout(F.mish(self.inner(torch.addcmul(shift, normed, 1 + scale)))))
+        out: Tensor = self.outer(self.dropout(mish(self.inner(torch.addcmul(shift, normed, 1 + scale)))))
         return out
 
 
@@ -112,7 +113,7 @@ class MLP(nn.Module):
         if flat is not None and self.cond_encoder is not None:
             context = context + self.cond_encoder(flat)
             h = torch.cat((h, flat), dim=-1)
-        context, h = F.mish(context), self.stem(h)
+        context, h = mish(context), self.stem(h)
         for name, block in zip(self.branches, self.blocks, strict=True):
             h = h + branch(hook, name, block, h, context)
         out: Tensor = self.head(self.norm(h)).view_as(x)

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dipole.errors import DipoleError
+from dipole.networks.activation import Mish, mish
 from dipole.networks.convolution import Conv1d
 from dipole.networks.embedding import CondDims, StepEncoder, flat_width, flatten_cond
 from dipole.networks.hooks import BlockHook, branch
@@ -67,7 +67,7 @@ class ConvBlock(nn.Module):
         self.block = nn.Sequential(
             Conv1d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
             nn.GroupNorm(n_groups, channels_out),
-            nn.Mish(),
+            Mish(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class UNet1D(nn.Module):
         """
         features = self.diffusion_step_encoder(time)
         flat = flatten_cond(cond, self.cond_names)
-        features = F.mish(features if flat is None else torch.cat((features, flat), dim=-1))
+        features = mish(features if flat is None else torch.cat((features, flat), dim=-1))
         h, skips, names = x.transpose(1, 2), [], iter(self.branches)
         level: Any
         for level in self.down_modules:

@@ -39,9 +39,12 @@ def make_optimizer(module: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, in place where it is a tensor."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
 
 
 def clip(parameters: list[nn.Parameter], limit: float | None) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dipole.training.draws import ShardedDraws
 from dipole.training.ema import EMA
 from dipole.training.optim import clip, learning_rate, make_optimizer, set_learning_rate
 from dipole.training.precision import PrecisionName, autocast
+from dipole.training.recorded import RecordedUpdate
 from dipole.training.seeding import generator, seed_global
 
 
@@ -48,6 +50,7 @@ class Updater:
     def __init__(self, accelerator: Accelerator, policy: Any, config: TrainConfig, precision: PrecisionName) -> None:
         self.accelerator, self.config, self.precision = accelerator, config, precision
         self.device = accelerator.device
+        self._records = self.device.type == "cuda" and accelerator.num_processes == 1 and config.cuda_graph
         keep_freed_memory()
         self.policy = policy.to(self.device).train()
         if config.compile:
@@ -56,7 +59,8 @@ class Updater:
             if self.device.type == "cpu":
                 need_compiler("--compile", "train without it")
             # In place: the names of the weights stay as they are.
-            policy.network.compile(dynamic=False, mode="reduce-overhead" if self.device.type == "cuda" else None)
+            graphs = self.device.type == "cuda" and not self._records
+            policy.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self.optimizer = make_optimizer(policy, config)
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         # The optimizer stays bare: accelerate's wrapper searches for optional packages at every step.
@@ -68,13 +72,24 @@ class Updater:
         self.ema = EMA(policy, config.ema, config.ema_decay)
         objective = getattr(getattr(policy, "config", None), "objective", None)
         self._masked = accelerator.num_processes > 1 and getattr(objective, "mask_padding", False)
+        self._recorded = RecordedUpdate(self._compute, self.optimizer, self.device) if self._records else None
 
     def update(self, batch: dict[str, Tensor], step: int, total: int) -> tuple[Tensor, Tensor]:
         """Do update `step` of `total` and return loss and gradient norm, both on the device."""
         set_learning_rate(self.optimizer, learning_rate(step, total, self.config))
         seed_global(self.device, self.config.seed, "dropout", step, self.accelerator.process_index)
-        noise = generator(self.config.seed, "noise", step)
-        with self._draws(noise, batch_rows(batch)), autocast(self.device, self.precision):
+        noise = partial(generator, self.config.seed, "noise", step)
+        if self._recorded is not None:
+            loss, norm = self._recorded(batch, noise)
+        else:
+            drawn = noise()
+            loss, norm = self._compute(batch, drawn, self._draws(drawn, batch_rows(batch)))
+        self.ema.update()
+        return loss, norm
+
+    def _compute(self, batch: dict[str, Tensor], noise: Generator, draws: AbstractContextManager[Any]) -> Tensor:
+        """Do all of an update but the average, and return loss and gradient norm, `[2]`."""
+        with draws, autocast(self.device, self.precision):
             loss = self._model(batch, noise)
         if self._masked:
             loss = loss * self._share(batch)
@@ -82,8 +97,7 @@ class Updater:
         norm = clip(self.parameters, self.config.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update()
-        return loss.detach(), norm
+        return torch.stack((loss.detach(), norm))
 
     def _draws(self, noise: Generator, rows: int) -> AbstractContextManager[Any]:
         if self.accelerator.num_processes == 1 and self.device.type == "cpu":

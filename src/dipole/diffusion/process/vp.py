@@ -25,6 +25,8 @@ class VP:
     alpha_bar: Tensor
     _alpha: Tensor = field(init=False)
     _sigma: Tensor = field(init=False)
+    # Copies on other devices: sending a table there at every call would make the CPU wait for the GPU.
+    _sent: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         alpha_bar = self.alpha_bar.to(torch.float64)
@@ -84,12 +86,19 @@ class VP:
     def alpha(self, t: LevelLike) -> Tensor:
         """Return sqrt(alpha_bar[t]), and 1 at level -1."""
         index = self._index(t)
-        return self._alpha.to(index.device)[index]
+        return self._tables(index.device)[0][index]
 
     def sigma(self, t: LevelLike) -> Tensor:
         """Return sqrt(1 - alpha_bar[t]), and 0 at level -1."""
         index = self._index(t)
-        return self._sigma.to(index.device)[index]
+        return self._tables(index.device)[1][index]
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device == self._alpha.device:
+            return self._alpha, self._sigma
+        if device not in self._sent:
+            self._sent[device] = (self._alpha.to(device), self._sigma.to(device))
+        return self._sent[device]
 
     def prior_std(self, t: LevelLike) -> Tensor:
         """Return 1."""

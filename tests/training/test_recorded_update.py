@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from training_standin import make_episodes
 
@@ -12,7 +11,7 @@ from dipole.training import TrainConfig
 from dipole.training.batches import Loader
 from dipole.training.recorded import NotRecordable, RecordedDraws
 from dipole.training.seeding import generator
-from dipole.training.update import Updater
+from dipole.training.update import Updater, make_accelerator
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 CPU = torch.device("cpu")
@@ -66,7 +65,7 @@ def trained(network, cuda_graph, updates=12, change=None):
     if change is not None:
         change(policy)
     config = TrainConfig(steps=updates, batch_size=32, cuda_graph=cuda_graph)
-    accelerator = Accelerator()
+    accelerator = make_accelerator(config)
     updater = Updater(accelerator, policy, config, "fp32")
     horizons = (policy.obs_horizon, policy.pred_horizon, policy.action_horizon)
     windows = Windows(episodes, list(policy.config.observation), "action", *horizons)

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from torch import nn
 from training_standin import make_episodes, make_standin
 
@@ -23,6 +24,7 @@ from dipole.training.optim import clip, learning_rate, make_optimizer, set_learn
 from dipole.training.plan import _updates_that_fit
 from dipole.training.precision import autocast, candidates, faster, time_updates
 from dipole.training.seeding import derive, generator, seed_global
+from dipole.training.update import make_accelerator
 from dipole.training.validation import HeldOutLoss, is_due, validation_interval
 
 CPU = torch.device("cpu")
@@ -40,6 +42,15 @@ class Numbers:
     def batch(self, indices):
         next((event for event in self.asked if not event.is_set()), threading.Event()).set()
         return {"number": np.asarray(indices)}
+
+
+# --- devices
+
+
+def test_a_process_may_train_on_the_cpu_after_another_device():
+    first = make_accelerator(TrainConfig(steps=1, device="cpu"))
+    first.state._shared_state["device"] = PartialState._shared_state["device"] = torch.device("meta")  # stands for a GPU
+    assert make_accelerator(TrainConfig(steps=1, device="cpu")).device == CPU
 
 
 # --- EMA

@@ -104,58 +104,55 @@ class RecordedUpdate:
     is found out in time, said in a warning, and its updates go on as before.
 
     Args:
-        compute: What is recorded.
-        optimizer: The optimizer in it. Its learning rates become tensors, which the graph reads.
+        optimizer: The optimizer of the updates. Its learning rates become tensors, which the graph reads.
         device: The GPU.
     """
 
-    def __init__(self, compute: Compute, optimizer: Optimizer, device: torch.device) -> None:
-        self._compute, self._optimizer, self._device = compute, optimizer, device
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
         self._draws = RecordedDraws(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._eager_left: float = _EAGER_UPDATES
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=device)
 
-    def __call__(self, batch: Batch, noise: Callable[[], Generator]) -> Tensor:
+    def __call__(self, compute: Compute, batch: Batch, noise: Callable[[], Generator]) -> Tensor:
         """Do an update and return loss and gradient norm, `[2]`.
 
         Args:
+            compute: What does it, always the same; it is not kept, so that its owner can own this object.
             batch: On the GPU. A batch of another shape than the recorded one is computed without the graph.
             noise: Returns this update's generator, on the CPU, the same at every call.
         """
         if self._graph is None and self._eager_left <= 0:
-            return self._record(batch, noise)
+            return self._record(compute, batch, noise)
         if self._graph is None or _shapes(batch) != _shapes(self._batch):
             self._eager_left -= 1
-            return self._eager(batch, noise())
+            return _eager(compute, batch, noise())
         for key, value in batch.items():
             self._batch[key].copy_(value)
         self._draws.refill(noise())
         self._graph.replay()
         return self._result.clone()
 
-    def _eager(self, batch: Batch, noise: Generator) -> Tensor:
-        return self._compute(batch, noise, ShardedDraws(noise, 0, 1, len(next(iter(batch.values())))))
-
-    def _record(self, batch: Batch, noise: Callable[[], Generator]) -> Tensor:
+    def _record(self, compute: Compute, batch: Batch, noise: Callable[[], Generator]) -> Tensor:
         """Do an update as it will be recorded, watching whether it waits for the GPU; then record."""
         self._batch = {key: value.clone() for key, value in batch.items()}
         drawn = noise()
         try:
             with _no_waiting():
-                result = self._compute(self._batch, drawn, self._draws.recording(drawn))
+                result = compute(self._batch, drawn, self._draws.recording(drawn))
         except RuntimeError as error:
             if not isinstance(error, NotRecordable) and "synchronizing CUDA operation" not in str(error):
                 raise
             self._give_up(error)
-            return self._eager(batch, noise())
+            return _eager(compute, batch, noise())
         for group in self._optimizer.param_groups:
             group["capturable"] = True
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                self._result = self._compute(self._batch, drawn, self._draws.reading(drawn))
+                self._result = compute(self._batch, drawn, self._draws.reading(drawn))
             self._graph = graph
         except RuntimeError as error:
             self._give_up(error)
@@ -168,6 +165,10 @@ class RecordedUpdate:
             group["capturable"] = False
         reason = str(error).splitlines()[0]
         warnings.warn(f"updates are not recorded as a CUDA graph, only slower for it: {reason}", stacklevel=2)
+
+
+def _eager(compute: Compute, batch: Batch, noise: Generator) -> Tensor:
+    return compute(batch, noise, ShardedDraws(noise, 0, 1, len(next(iter(batch.values())))))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Generator, Tensor, nn
 
@@ -27,6 +28,10 @@ from dipole.training.seeding import generator, seed_global
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return the accelerator: device, and process group when launched by `accelerate launch` or `torchrun`."""
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState._shared_state
+    if state and (state["device"].type == "cpu") != cpu and state["num_processes"] == 1:
+        # accelerate knows one device per process, the first: training on the other would fail, or use the first.
+        AcceleratorState._reset_state(reset_partial_state=True)
     # Buffers (normalizer statistics, tables) never change, so they are not sent round at every update. Precision is
     # ours to choose, after a measurement.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -72,7 +77,7 @@ class Updater:
         self.ema = EMA(policy, config.ema, config.ema_decay)
         objective = getattr(getattr(policy, "config", None), "objective", None)
         self._masked = accelerator.num_processes > 1 and getattr(objective, "mask_padding", False)
-        self._recorded = RecordedUpdate(self._compute, self.optimizer, self.device) if self._records else None
+        self._recorded = RecordedUpdate(self.optimizer, self.device) if self._records else None
 
     def update(self, batch: dict[str, Tensor], step: int, total: int) -> tuple[Tensor, Tensor]:
         """Do update `step` of `total` and return loss and gradient norm, both on the device."""
@@ -80,7 +85,7 @@ class Updater:
         seed_global(self.device, self.config.seed, "dropout", step, self.accelerator.process_index)
         noise = partial(generator, self.config.seed, "noise", step)
         if self._recorded is not None:
-            loss, norm = self._recorded(batch, noise)
+            loss, norm = self._recorded(self._compute, batch, noise)
         else:
             drawn = noise()
             loss, norm = self._compute(batch, drawn, self._draws(drawn, batch_rows(batch)))

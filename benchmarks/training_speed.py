@@ -27,8 +27,8 @@ import torch
 
 SIZES = {"4.6 M": [64, 128, 256], "63.5 M": [256, 512, 1024]}
 BATCH, SECONDS = 64, 30.0
-# On a GPU a number of updates: compiling would take its share of a number of seconds.
-GPU_STEPS, GPU_STEPS_EAGER = 1500, 300
+# Where something is compiled, and on a GPU, a number of updates: compiling would take its share of the seconds.
+STEPS = {"cpu": {"4.6 M": 300, "63.5 M": 60}, "cuda": {"4.6 M": 1500, "63.5 M": 1500}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours_fp32": {"precision": "fp32"},
@@ -49,13 +49,17 @@ def run(peer_python: str | None = None, device: str = "cpu") -> dict[str, Any]:
 
 def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, Any]:
     speeds: dict[str, float] = {}
+
+    def note(variant: str, speed: float) -> None:
+        speeds[variant] = speed
+        print(f"{name} {variant}: {speed:.0f} windows/s", file=sys.stderr, flush=True)
+
     for variant, options in VARIANTS.items():
         if device == "cuda" or "cuda_graph" not in options:
-            speeds[variant] = our_speed(data, folder / f"{name} {variant}", device, SIZES[name], **options)
+            note(variant, our_speed(data, folder / f"{name} {variant}", device, name, **options))
     for variant, compiled in {"peer": False, "peer_compiled": True}.items():
         if peer_python is not None:
-            speeds[variant] = peer_speed(peer_python, data, device, SIZES[name], compiled)
-    print(json.dumps({name: speeds}), file=sys.stderr, flush=True)
+            note(variant, peer_speed(peer_python, data, device, SIZES[name], compiled))
     return {
         "name": f"U-Net of {name} parameters",
         **speeds,
@@ -79,18 +83,20 @@ def write_data(folder: Path) -> None:
     lerobot.write(Episodes.from_list(episodes, features, 10.0, ()), folder)
 
 
-def our_speed(data: Path, out: Path, device: str, down_dims: list[int], **options: Any) -> float:
+def our_speed(data: Path, out: Path, device: str, size: str, **options: Any) -> float:
     """Return dipole's windows per second: the median over intervals of the log, without the first, which compiles."""
     from dipole.data import load
     from dipole.policies import make_config, make_policy
     from dipole.training import TrainConfig, read_metrics, train
 
     episodes = load(data)
-    policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": down_dims}), episodes)
-    if device == "cuda":
-        options["steps"] = GPU_STEPS if options.get("cuda_graph", True) else GPU_STEPS_EAGER
+    policy = make_policy(make_config(episodes, network={"name": "unet1d", "down_dims": SIZES[size]}), episodes)
+    if device == "cuda" or options.get("compile"):
+        options["steps"] = STEPS[device][size]
     else:
-        options.update(steps=None, minutes=SECONDS / 60, device="cpu")
+        options.update(steps=None, minutes=SECONDS / 60)
+    if device == "cpu":
+        options["device"] = "cpu"
     config = TrainConfig(batch_size=BATCH, val_fraction=0.0, save_every=10**9, log_every=10, **options)
     train(policy, episodes, config, out, progress=False)
     return median([row["samples_per_s"] for row in read_metrics(out) if "samples_per_s" in row][1:])

@@ -49,7 +49,8 @@ class Numbers:
 
 def test_a_process_may_train_on_the_cpu_after_another_device():
     first = make_accelerator(TrainConfig(steps=1, device="cpu"))
-    first.state._shared_state["device"] = PartialState._shared_state["device"] = torch.device("meta")  # stands for a GPU
+    gpu = torch.device("meta")  # stands for one
+    first.state._shared_state["device"] = PartialState._shared_state["device"] = gpu
     assert make_accelerator(TrainConfig(steps=1, device="cpu")).device == CPU
 
 

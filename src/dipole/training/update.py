@@ -55,7 +55,7 @@ class Updater:
     def __init__(self, accelerator: Accelerator, policy: Any, config: TrainConfig, precision: PrecisionName) -> None:
         self.accelerator, self.config, self.precision = accelerator, config, precision
         self.device = accelerator.device
-        self._records = self.device.type == "cuda" and accelerator.num_processes == 1 and config.cuda_graph
+        records = self.device.type == "cuda" and accelerator.num_processes == 1 and config.cuda_graph
         keep_freed_memory()
         self.policy = policy.to(self.device).train()
         if config.compile:
@@ -64,7 +64,7 @@ class Updater:
             if self.device.type == "cpu":
                 need_compiler("--compile", "train without it")
             # In place: the names of the weights stay as they are.
-            graphs = self.device.type == "cuda" and not self._records
+            graphs = self.device.type == "cuda" and not records
             policy.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
         self.optimizer = make_optimizer(policy, config)
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -77,7 +77,7 @@ class Updater:
         self.ema = EMA(policy, config.ema, config.ema_decay)
         objective = getattr(getattr(policy, "config", None), "objective", None)
         self._masked = accelerator.num_processes > 1 and getattr(objective, "mask_padding", False)
-        self._recorded = RecordedUpdate(self.optimizer, self.device) if self._records else None
+        self._recorded = RecordedUpdate(self.optimizer, self.device) if records else None
 
     def update(self, batch: dict[str, Tensor], step: int, total: int) -> tuple[Tensor, Tensor]:
         """Do update `step` of `total` and return loss and gradient norm, both on the device."""

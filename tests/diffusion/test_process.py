@@ -161,6 +161,7 @@ def test_network_time_is_on_one_scale():
         (lambda: VP.cosine(10).sigma(10), "level 10 of a process whose levels end at 9"),
         (lambda: VP.cosine(10).alpha(torch.tensor([3, 12])), "level 12"),
         (lambda: VP(torch.tensor([0.5, 0.0])), "strictly between 0 and 1"),
+        (lambda: VP(torch.tensor([0.5, 0.1]).half()), "float64 or float32, not torch.float16"),
     ],
 )
 def test_mistakes_are_named(make, message):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dipole.diffusion.normal import Normal, Reduce, log_prob
-from dipole.diffusion.process import Flow, LevelLike, Process
+from dipole.diffusion.process import VP, Flow, LevelLike, Process
 from dipole.diffusion.process.base import as_level
 from dipole.diffusion.tensors import expand, map_parts, scaled, weighted_sum
 
@@ -59,10 +59,15 @@ def _noise_coefficients(alpha: Tensor, sigma: Tensor, signal: Tensor, noise: Ten
     return Coefficients(noise / sigma, signal, -noise * alpha / sigma, std)
 
 
-def _ancestral_std(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
-    """Return the standard deviation of q(x_s | x_t, x0), the forward chain's posterior."""
-    variance = (sigma**2 - (alpha / alpha_s) ** 2 * sigma_s**2).clamp(min=0)
-    return sigma_s / sigma * variance.sqrt()
+def _variances(process: Process, t: LevelLike, s: LevelLike) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the variances of q(x_t | x_0), q(x_s | x_0) and q(x_t | x_s)."""
+    if isinstance(process, VP):  # from its own table: exact there, and rounded as it is
+        of_t, of_s, forward = process.variances(t, s)
+    else:
+        alpha, sigma, alpha_s, sigma_s = _levels(process, t, s)
+        of_t, of_s = sigma**2, sigma_s**2
+        forward = of_t - (alpha / alpha_s) ** 2 * of_s
+    return of_t, of_s, forward.clamp(min=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,14 +162,13 @@ class DDPM(Kernel):
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
 
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
-        alpha, sigma, alpha_s, sigma_s = _levels(process, t, s)
-        forward = alpha / alpha_s
-        forward_variance = (sigma**2 - forward**2 * sigma_s**2).clamp(min=0)
-        std = _ancestral_std(alpha, sigma, alpha_s, sigma_s)
+        alpha, alpha_s = process.alpha(t), process.alpha(s)
+        variance, variance_s, forward = _variances(process, t, s)
+        std = (variance_s / variance * forward).sqrt()
         if self.variance == "fixed_large":
-            std = torch.where(sigma_s > 0, forward_variance.sqrt(), torch.zeros_like(std))
-        x = forward * sigma_s**2 / sigma**2
-        return Coefficients(x, alpha_s * forward_variance / sigma**2, torch.zeros_like(x), std)
+            std = torch.where(variance_s > 0, forward.sqrt(), torch.zeros_like(std))
+        x = alpha / alpha_s * (variance_s / variance)
+        return Coefficients(x, alpha_s * (forward / variance), torch.zeros_like(x), std.double())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +193,11 @@ class DDIM(Kernel):
         return self.eta == 0
 
     def _coefficients(self, process: Process, t: LevelLike, s: LevelLike) -> Coefficients:
-        alpha, sigma, alpha_s, sigma_s = _levels(process, t, s)
-        std = self.eta * _ancestral_std(alpha, sigma, alpha_s, sigma_s)
-        noise = (sigma_s**2 - std**2).clamp(min=0).sqrt()
-        value = _noise_coefficients(alpha, sigma, alpha_s, noise, std)
+        alpha, sigma, alpha_s, _ = _levels(process, t, s)
+        variance, variance_s, forward = _variances(process, t, s)
+        std = self.eta * (variance_s / variance * forward).sqrt()
+        noise = (variance_s - std**2).clamp(min=0).sqrt()
+        value = _noise_coefficients(alpha, sigma, alpha_s, noise, std.double())
         if self.epsilon_from == "clipped":
             value = Coefficients(value.x, value.x0 + value.raw, torch.zeros_like(value.raw), value.std)
         return value

@@ -16,19 +16,26 @@ from dipole.diffusion.process.base import LevelLike, Spacing, as_level, check_nu
 class VP:
     """Discrete variance-preserving process of DDPM: level t is an integer in 0..N-1, and -1 is clean.
 
-    Build it with `VP.cosine`, `VP.linear` or `VP.scaled_linear`. Compared by identity.
+    Build it with `VP.cosine`, `VP.linear` or `VP.scaled_linear`, in float64. Compared by identity.
+
+    With a table in float32 (`dtype=torch.float32`, or `VP(scheduler.alphas_cumprod)` of a diffusers scheduler) it
+    rounds as the schedulers of diffusers do, and a step agrees with theirs to 1e-6 instead of 1e-4: of neighbouring
+    levels, 1 - alpha_bar[t] / alpha_bar[s] then has three to four right digits. Coefficients are float64 either way.
 
     Attributes:
-        alpha_bar: `[N]` cumulative products of 1 - beta, float64, decreasing.
+        alpha_bar: `[N]` cumulative products of 1 - beta, decreasing, float64 or float32.
     """
 
     alpha_bar: Tensor
     _alpha: Tensor = field(init=False)
     _sigma: Tensor = field(init=False)
+    _bar: Tensor = field(init=False)
     # Copies on other devices: sending a table there at every call would make the CPU wait for the GPU.
-    _sent: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, default_factory=dict)
+    _sent: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.alpha_bar.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"alpha_bar must be float64 or float32, not {self.alpha_bar.dtype}")
         alpha_bar = self.alpha_bar.to(torch.float64)
         if alpha_bar.dim() != 1 or not bool(((alpha_bar > 0) & (alpha_bar < 1)).all()):
             raise ValueError("alpha_bar must be a vector of numbers strictly between 0 and 1")
@@ -36,31 +43,44 @@ class VP:
         # The clean level -1 is stored last, where Python's index -1 finds it.
         object.__setattr__(self, "_alpha", torch.cat([alpha_bar.sqrt(), one]))
         object.__setattr__(self, "_sigma", torch.cat([(1 - alpha_bar).sqrt(), one * 0]))
+        object.__setattr__(self, "_bar", torch.cat([self.alpha_bar, one.to(self.alpha_bar)]))
 
     def __repr__(self) -> str:
         return f"VP({self.num_steps} levels, sigma {self.sigma(0):.4g} to {self.sigma(self.noisiest):.4g})"
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> VP:
-        """Return the process with these per-step variances `[N]`."""
-        return cls(torch.cumprod(1 - betas.to(torch.float64), 0))
+        """Return the process with these per-step variances `[N]`, in their dtype."""
+        return cls(torch.cumprod(1 - betas, 0))
 
     @classmethod
-    def cosine(cls, num_steps: int = 100, max_beta: float = 0.999) -> VP:
+    def cosine(cls, num_steps: int = 100, max_beta: float = 0.999, dtype: torch.dtype = torch.float64) -> VP:
         """Return the squared-cosine schedule, `squaredcos_cap_v2` (Nichol & Dhariwal 2021, eq. 17)."""
         u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+        return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta).to(dtype))
 
     @classmethod
-    def linear(cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VP:
+    def linear(
+        cls,
+        num_steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        dtype: torch.dtype = torch.float64,
+    ) -> VP:
         """Return betas spaced uniformly (Ho et al. 2020)."""
-        return cls.from_betas(torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64))
+        return cls.from_betas(torch.linspace(beta_start, beta_end, num_steps, dtype=dtype))
 
     @classmethod
-    def scaled_linear(cls, num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VP:
+    def scaled_linear(
+        cls,
+        num_steps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        dtype: torch.dtype = torch.float64,
+    ) -> VP:
         """Return betas whose square roots are spaced uniformly (latent diffusion)."""
-        return cls.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=torch.float64) ** 2)
+        return cls.from_betas(torch.linspace(beta_start**0.5, beta_end**0.5, num_steps, dtype=dtype) ** 2)
 
     @property
     def num_steps(self) -> int:
@@ -93,11 +113,17 @@ class VP:
         index = self._index(t)
         return self._tables(index.device)[1][index]
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def variances(self, t: LevelLike, s: LevelLike) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the variances of q(x_t | x_0), q(x_s | x_0) and q(x_t | x_s), in the dtype of `alpha_bar`."""
+        t, s = self._index(t), self._index(s)
+        bar = self._tables(t.device)[2]
+        return 1 - bar[t], 1 - bar[s], 1 - bar[t] / bar[s]
+
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device == self._alpha.device:
-            return self._alpha, self._sigma
+            return self._alpha, self._sigma, self._bar
         if device not in self._sent:
-            self._sent[device] = (self._alpha.to(device), self._sigma.to(device))
+            self._sent[device] = (self._alpha.to(device), self._sigma.to(device), self._bar.to(device))
         return self._sent[device]
 
     def prior_std(self, t: LevelLike) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dipole.errors import DipoleError
+from dipole.networks import unet1d_batch_last
 from dipole.networks.activation import Mish, mish
 from dipole.networks.convolution import Conv1d
 from dipole.networks.embedding import CondDims, StepEncoder, flat_width, flatten_cond
@@ -141,6 +142,10 @@ class UNet1D(nn.Module):
             *(f"up{i}.{j}" for i in ups for j in range(2)),
         )
 
+    def blocks(self) -> list[ResidualBlock]:
+        """Return the residual blocks in the order of `branches`."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
     def forward(
         self, x: Tensor, time: Tensor, cond: Mapping[str, Tensor] | None = None, hook: BlockHook | None = None
     ) -> Tensor:
@@ -155,6 +160,8 @@ class UNet1D(nn.Module):
         features = self.diffusion_step_encoder(time)
         flat = flatten_cond(cond, self.cond_names)
         features = mish(features if flat is None else torch.cat((features, flat), dim=-1))
+        if hook is None and unet1d_batch_last.applies(x):
+            return unet1d_batch_last.unet1d(self, x, features)
         h, skips, names = x.transpose(1, 2), [], iter(self.branches)
         level: Any
         for level in self.down_modules:

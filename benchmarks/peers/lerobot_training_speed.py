@@ -17,7 +17,7 @@ WORKERS = {"cpu": 2, "cuda": 8}
 
 def main() -> None:
     root, batch, seconds, down_dims = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), json.loads(sys.argv[4])
-    device, compiled = sys.argv[5], sys.argv[6] == "1"
+    device, compiled, half = sys.argv[5], "compiled" in sys.argv[6:], "bf16" in sys.argv[6:]
     config = DiffusionConfig(
         input_features={
             "observation.state": PolicyFeature(FeatureType.STATE, (2,)),
@@ -41,7 +41,8 @@ def main() -> None:
     done, begin = 0, None
     while begin is None or time.perf_counter() - begin < seconds:
         for frames in loader:
-            loss, _ = policy.forward(preprocessor(frames))
+            with torch.autocast(device, torch.bfloat16, enabled=half):  # `accelerate launch --mixed_precision bf16`
+                loss, _ = policy.forward(preprocessor(frames))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)

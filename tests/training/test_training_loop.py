@@ -501,6 +501,24 @@ def test_the_network_is_compiled_where_that_is_asked_for(wanted, tmp_path, monke
     assert calls == ([{"dynamic": False, "mode": None}] if wanted else [])
 
 
+def test_precisions_are_compared_before_anything_is_compiled(tmp_path, monkeypatch):
+    happened, timings = [], iter([0.4, 0.2, 0.1])
+
+    def time_updates(*args):
+        happened.append(next(timings))
+        return happened[-1]
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: happened.append("compiled"))
+    monkeypatch.setattr(plan_module, "time_updates", time_updates)
+    episodes = make_episodes()
+    policy = make_policy(make_config(episodes, network={"name": "mlp", "width": 16, "num_blocks": 1}), episodes)
+    options = {"steps": None, "minutes": 0.1, "precision": "auto", "compile": True, "val_fraction": 0.0}
+    result = run(tmp_path, policy=policy, episodes=episodes, **options)
+    assert happened == [0.4, 0.2, "compiled", 0.1, "compiled"]
+    assert result.precision == "bf16"
+    assert json.loads((tmp_path / "train.json").read_text())["plan"]["seconds_per_update"]["bf16"] == 0.1
+
+
 def test_nothing_to_compile(tmp_path):
     with pytest.raises(DipoleError, match="no network of its own to compile: train it without --compile"):
         run(tmp_path / "run", compile=True)

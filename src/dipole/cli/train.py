@@ -97,7 +97,7 @@ class Args:
     precision: Annotated[Literal["auto", "fp32", "bf16"] | None, _option("auto|fp32|bf16", "auto")] = None
     """Of the loss; auto takes the faster one, measured at the start."""
     compile: bool = False
-    """Compile the network: a minute at the start, then faster updates."""
+    """Compile the network: a minute or two at the start, then faster updates."""
     cuda_graph: bool = True
     """On a GPU, launch each update as one recorded CUDA graph."""
     val_fraction: Annotated[float | None, _option("FLOAT", "0.05")] = None

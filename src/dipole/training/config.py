@@ -33,7 +33,7 @@ class TrainConfig:
         ema: `constant`: decay `ema_decay`, after a ramp; `power`: Diffusion Policy's schedule (see `decay_at`).
         ema_decay: Decay of `constant`, upper bound of `power`.
         precision: `auto` measures fp32 against bf16 autocast at the start and takes the faster.
-        compile: Compile the network (`torch.compile`): a minute at the start, then faster.
+        compile: Compile the network (`torch.compile`): a minute or two at the start, then faster.
         cuda_graph: On a GPU, record the update once and launch it as a whole from then on: the same numbers, several
             times faster for small networks (policies that cannot be recorded are trained as ever).
         val_fraction: Share of the episodes held out; 0 for none.

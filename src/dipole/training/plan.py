@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -58,12 +58,16 @@ def make_plan(
     """
     began = time.perf_counter()
     names = candidates(config.precision)
+    # On a CPU compiling takes a minute and more, and does not change which precision is faster.
+    compared = replace(config, compile=config.compile and accelerator.device.type != "cpu")
     seconds: dict[PrecisionName, float] = {}
-    if len(names) > 1 or config.steps is None:
-        seconds = {name: _time(accelerator, policy, source, config, name) for name in names}
+    if len(names) > 1:
+        seconds = {name: _time(accelerator, policy, source, compared, name) for name in names}
     precision = faster(seconds) if seconds else names[0]
     steps = config.steps
     if steps is None:
+        if compared != config or not seconds:
+            seconds[precision] = _time(accelerator, policy, source, config, precision)
         left = 60 * (config.minutes or 0) - (time.perf_counter() - began)
         steps = _updates_that_fit(left / seconds[precision], config, held_out_windows)
     plan: Plan = agreed(Plan(steps, precision, {name: round(value, 6) for name, value in seconds.items()}))

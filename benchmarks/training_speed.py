@@ -8,7 +8,8 @@ runs with its defaults (LeRobot in fp32 with data loader workers, two on a CPU, 
 where that is measured to be faster, and records the update as a CUDA graph on a GPU), and with what it offers to be
 faster: a compiled network, for LeRobot bf16, for both together. `ratio` is between the fastest of either side,
 `ratio, defaults` between the defaults. What our parts are worth is measured too: fp32, and on a GPU without the graph.
-They run one after the other, never at once.
+They run one after the other, never at once, in several rounds, because a machine's speed wanders: figures are medians,
+ratios medians of each round's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 SIZES = {"4.6 M": [64, 128, 256], "63.5 M": [256, 512, 1024]}
-BATCH, SECONDS = 64, 30.0
+BATCH, SECONDS = 64, 15.0
 # Where something is compiled, and on a GPU, a number of updates: compiling would take its share of the seconds.
 STEPS = {"cpu": {"4.6 M": 300, "63.5 M": 60}, "cuda": {"4.6 M": 1500, "63.5 M": 1500}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,39 +46,48 @@ PEER_VARIANTS: dict[str, list[str]] = {
 PEER = Path(__file__).parent / "peers" / "lerobot_training_speed.py"
 
 
-def run(peer_python: str | None = None, device: str = "cpu") -> dict[str, Any]:
+def run(peer_python: str | None = None, device: str = "cpu", rounds: int = 3) -> dict[str, Any]:
     """Return windows per second of both (`ours`, `peer`), their ratio, and of the variants; every size under `all`."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         write_data(data)
-        sizes = [_measure(data, Path(folder), name, peer_python, device) for name in SIZES]
+        sizes = [_measure(data, Path(folder), name, peer_python, device, rounds) for name in SIZES]
     return {**sizes[0], "name": "training_speed", "all": sizes}
 
 
-def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, Any]:
-    speeds: dict[str, float] = {}
-
-    def note(variant: str, speed: float) -> None:
-        speeds[variant] = speed
-        print(f"{name} {variant}: {speed:.0f} windows/s", file=sys.stderr, flush=True)
-
-    for variant, options in VARIANTS.items():
-        if device == "cuda" or "cuda_graph" not in options:
-            note(variant, our_speed(data, folder / f"{name} {variant}", device, name, **options))
-    for variant, words in PEER_VARIANTS.items():
-        if peer_python is not None:
-            note(variant, peer_speed(peer_python, data, device, SIZES[name], words))
-    ours, theirs = (max((v for k, v in speeds.items() if k.startswith(s)), default=None) for s in ("ours", "peer"))
+def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str, rounds: int) -> dict[str, Any]:
+    found: list[dict[str, float]] = []
+    for number in range(rounds):
+        found.append(_round(data, folder / str(number), name, peer_python, device))
+        print(name, {variant: round(speed) for variant, speed in found[-1].items()}, file=sys.stderr, flush=True)
+    figures = {key: median([speeds[key] for speeds in found]) for key in found[0]}
+    if peer_python is not None:
+        figures["ratio"] = median([_fastest(speeds, "ours") / _fastest(speeds, "peer") for speeds in found])
+        figures["ratio, defaults"] = median([speeds["ours"] / speeds["peer"] for speeds in found])
     return {
         "name": f"U-Net of {name} parameters",
-        **speeds,
+        **figures,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "ratio": None if theirs is None else ours / theirs,
-        "ratio, defaults": None if theirs is None else speeds["ours"] / speeds["peer"],
         "unit": "windows/s",
         "target": "ratio >= 5",
         "threads": torch.get_num_threads(),
+        "rounds": found,
     }
+
+
+def _round(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, float]:
+    speeds = {}
+    for variant, options in VARIANTS.items():
+        if device == "cuda" or "cuda_graph" not in options:
+            speeds[variant] = our_speed(data, folder / variant, device, name, **options)
+    for variant, words in PEER_VARIANTS.items():
+        if peer_python is not None:
+            speeds[variant] = peer_speed(peer_python, data, device, SIZES[name], words)
+    return speeds
+
+
+def _fastest(speeds: dict[str, float], side: str) -> float:
+    return max(speed for variant, speed in speeds.items() if variant.startswith(side))
 
 
 def write_data(folder: Path) -> None:
@@ -125,5 +135,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    print(json.dumps(run(args.peer_python, args.device), indent=1))
+    print(json.dumps(run(args.peer_python, args.device, args.rounds), indent=1))

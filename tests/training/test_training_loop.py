@@ -498,7 +498,7 @@ def test_the_network_is_compiled_where_that_is_asked_for(wanted, tmp_path, monke
     episodes = make_episodes()
     policy = make_policy(make_config(episodes, network={"name": "mlp", "width": 16, "num_blocks": 1}), episodes)
     run(tmp_path / "run", policy=policy, episodes=episodes, steps=1, compile=wanted)
-    assert calls == ([{"dynamic": False, "mode": None}] if wanted else [])
+    assert calls == ([{"dynamic": False, "options": {"cpp_wrapper": True}}] if wanted else [])
 
 
 def test_precisions_are_compared_before_anything_is_compiled(tmp_path, monkeypatch):

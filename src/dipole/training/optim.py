@@ -51,6 +51,7 @@ def clip(parameters: list[nn.Parameter], limit: float | None) -> torch.Tensor:
     """Scale the gradients to a norm of at most `limit` and return the norm before (a scalar tensor, no host sync)."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
-    if limit is not None:
+    # Short ones are left alone (torch multiplies them by 1, as it has to on a GPU, which is not waited for).
+    if limit is not None and (norm.device.type != "cpu" or not norm + 1e-6 <= limit):
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm

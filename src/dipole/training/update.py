@@ -38,6 +38,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
 
 
+def _compiler_options(device: torch.device, records: bool) -> dict[str, bool]:
+    """Return what keeps Python from launching kernel after kernel, a tenth of an update of a small network and more."""
+    if device.type == "cpu":
+        return {"cpp_wrapper": True}
+    return {"triton.cudagraphs": device.type == "cuda" and not records}
+
+
 def batch_rows(batch: dict[str, Tensor]) -> int:
     """Return the number of rows of a batch."""
     return len(next(iter(batch.values())))
@@ -64,8 +71,7 @@ class Updater:
             if self.device.type == "cpu":
                 need_compiler("--compile", "train without it")
             # In place: the names of the weights stay as they are.
-            graphs = self.device.type == "cuda" and not records
-            policy.network.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
+            policy.network.compile(dynamic=False, options=_compiler_options(self.device, records))
         self.optimizer = make_optimizer(policy, config)
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         # The optimizer stays bare: accelerate's wrapper searches for optional packages at every step.

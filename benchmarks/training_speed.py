@@ -58,7 +58,7 @@ def run(peer_python: str | None = None, device: str = "cpu", rounds: int = 3) ->
 def _measure(data: Path, folder: Path, name: str, peer_python: str | None, device: str, rounds: int) -> dict[str, Any]:
     found: list[dict[str, float]] = []
     for number in range(rounds):
-        found.append(_round(data, folder / str(number), name, peer_python, device))
+        found.append(_round(data, folder / f"{name} {number}", name, peer_python, device))
         print(name, {variant: round(speed) for variant, speed in found[-1].items()}, file=sys.stderr, flush=True)
     figures = {key: median([speeds[key] for speeds in found]) for key in found[0]}
     if peer_python is not None:

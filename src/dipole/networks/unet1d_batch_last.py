@@ -1,10 +1,11 @@
 """The U-Net with the batch as the last axis: the same function, for compiled training on a CPU.
 
-An action chunk has few positions, 4 to 16. Where they are the last axis, as convolutions want them, a compiler fills only
-a part of each vector register, and torch's kernels re-order everything they are given. With activations `[C, T, B]`
-every operation that is not a matrix product runs along the batch; a convolution is one matrix product of its weight, as
-it lies in memory, with copies of its input that are shifted by whole rows; so are both its gradients. Kernel by kernel
-nothing is gained (the shifted copies cost what the products save), so this is for compiled networks only.
+An action chunk has few positions, 4 to 16. Where they are the last axis, as convolutions want them, a compiler fills
+only a part of each vector register, and torch's kernels re-order everything they are given. With activations `[C, T,
+B]` every operation that is not a matrix product runs along the batch; a convolution is one matrix product of its
+weight, as it lies in memory, with copies of its input that are shifted by whole rows; so are both its gradients.
+Kernel by kernel nothing is gained (the shifted copies cost what the products save), so this is for compiled networks
+only.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ class CutOff:
 @needs("gym_pusht")
 def test_a_worker_that_dies_while_it_answers_is_named():
     with make(NAME, 2, mode="async", num_workers=2) as env:
-        worker, env._workers[1]._pipe = env._workers[1], CutOff()
-        os.kill(worker.process.pid, signal.SIGKILL)
+        os.kill(env._workers[1].process.pid, signal.SIGKILL)
+        env._workers[1]._pipe = CutOff()  # afterwards: the worker ends by itself when its own pipe is closed
         with pytest.raises(DipoleError, match=r"worker 1 of environment 'pusht' died \(exit code -9\)"):
             env.reset([0, 1], [1, 2])
         # The answer of the other was read: the next is the one to the next request.

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 SIZES = {"4.6 M": [64, 128, 256], "63.5 M": [256, 512, 1024]}
-BATCH, SECONDS = 64, 15.0
+BATCH = 64
+SECONDS = {"4.6 M": 15.0, "63.5 M": 40.0}
 # Where something is compiled, and on a GPU, a number of updates: compiling would take its share of the seconds.
 STEPS = {"cpu": {"4.6 M": 300, "63.5 M": 60}, "cuda": {"4.6 M": 1500, "63.5 M": 1500}}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -82,7 +83,7 @@ def _round(data: Path, folder: Path, name: str, peer_python: str | None, device:
             speeds[variant] = our_speed(data, folder / variant, device, name, **options)
     for variant, words in PEER_VARIANTS.items():
         if peer_python is not None:
-            speeds[variant] = peer_speed(peer_python, data, device, SIZES[name], words)
+            speeds[variant] = peer_speed(peer_python, data, device, name, words)
     return speeds
 
 
@@ -113,7 +114,7 @@ def our_speed(data: Path, out: Path, device: str, size: str, **options: Any) -> 
     if device == "cuda" or options.get("compile"):
         options["steps"] = STEPS[device][size]
     else:
-        options.update(steps=None, minutes=SECONDS / 60)
+        options.update(steps=None, minutes=SECONDS[size] / 60)
     if device == "cpu":
         options["device"] = "cpu"
     config = TrainConfig(batch_size=BATCH, val_fraction=0.0, save_every=10**9, log_every=10, **options)
@@ -121,9 +122,9 @@ def our_speed(data: Path, out: Path, device: str, size: str, **options: Any) -> 
     return median([row["samples_per_s"] for row in read_metrics(out) if "samples_per_s" in row][1:])
 
 
-def peer_speed(python: str, data: Path, device: str, down_dims: list[int], options: list[str]) -> float:
+def peer_speed(python: str, data: Path, device: str, size: str, options: list[str]) -> float:
     """Return LeRobot's windows per second."""
-    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS), json.dumps(down_dims), device, *options]
+    words = [python, str(PEER), str(data), str(BATCH), str(SECONDS[size]), json.dumps(SIZES[size]), device, *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:

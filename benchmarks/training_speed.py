@@ -17,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,12 +70,19 @@ def _measure(data: Path, folder: Path, name: str, peer_python: str | None, devic
     return {
         "name": f"U-Net of {name} parameters",
         **figures,
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "unit": "windows/s",
         "target": "ratio >= 5",
         "threads": torch.get_num_threads(),
         "rounds": found,
     }
+
+
+def _cpu() -> str:
+    """Return the name of the CPU, where the system gives one, and whether it multiplies bf16 matrices by itself."""
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    model = found[1] if found else platform.processor() or platform.machine()
+    return f"{model}{', AMX' if torch.cpu._is_amx_tile_supported() else ''}"
 
 
 def _round(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, float]:

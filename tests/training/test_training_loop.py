@@ -26,6 +26,7 @@ from dipole.training import TrainConfig, checkpoint, fit, read_metrics, train
 from dipole.training import plan as plan_module
 from dipole.training import trainer as trainer_module
 from dipole.training.checkpoint import load_state
+from dipole.training.precision import time_product
 
 SCRIPT = Path(__file__).with_name("training_standin.py")
 
@@ -501,22 +502,23 @@ def test_the_network_is_compiled_where_that_is_asked_for(wanted, tmp_path, monke
     assert calls == ([{"dynamic": False, "options": {"cpp_wrapper": True}}] if wanted else [])
 
 
-def test_precisions_are_compared_before_anything_is_compiled(tmp_path, monkeypatch):
-    happened, timings = [], iter([0.4, 0.2, 0.1])
-
-    def time_updates(*args):
-        happened.append(next(timings))
-        return happened[-1]
-
+@pytest.mark.parametrize(("bf16", "precision"), [(1.0, "bf16"), (2.0, "fp32")])
+def test_products_decide_the_precision_of_a_compiled_network(bf16, precision, tmp_path, monkeypatch):
+    happened, product = [], {"fp32": 2.0, "bf16": bf16}
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: happened.append("compiled"))
-    monkeypatch.setattr(plan_module, "time_updates", time_updates)
+    monkeypatch.setattr(plan_module, "time_product", lambda name: happened.append(name) or product[name])
+    monkeypatch.setattr(plan_module, "time_updates", lambda *args: happened.append("timed") or 0.1)
     episodes = make_episodes()
     policy = make_policy(make_config(episodes, network={"name": "mlp", "width": 16, "num_blocks": 1}), episodes)
     options = {"steps": None, "minutes": 0.1, "precision": "auto", "compile": True, "val_fraction": 0.0}
     result = run(tmp_path, policy=policy, episodes=episodes, **options)
-    assert happened == [0.4, 0.2, "compiled", 0.1, "compiled"]
-    assert result.precision == "bf16"
-    assert json.loads((tmp_path / "train.json").read_text())["plan"]["seconds_per_update"]["bf16"] == 0.1
+    assert happened == ["fp32", "bf16", "compiled", "timed", "compiled"]
+    assert result.precision == precision
+    assert json.loads((tmp_path / "train.json").read_text())["plan"]["seconds_per_update"] == {precision: 0.1}
+
+
+def test_a_product_is_timed_in_either_precision():
+    assert all(time_product(name) > 0 for name in ("fp32", "bf16"))
 
 
 def test_nothing_to_compile(tmp_path):

@@ -13,6 +13,7 @@ PrecisionName = Literal["fp32", "bf16"]
 
 _WARMUP_UPDATES = 2  # the first ones allocate memory and pack weights
 _MOST_UPDATES = 200
+_PRODUCT_SIZE, _PRODUCTS = 512, 20  # 0.3 GFLOP each: milliseconds, and long enough to be those of a network's layers
 
 
 def autocast(device: torch.device, precision: PrecisionName) -> AbstractContextManager[None]:
@@ -45,6 +46,19 @@ def time_updates(
     times = sorted(timed() for _ in range(count))
     kept = times[: max(1, count - count // 10)]
     return sum(kept) / len(kept)
+
+
+def time_product(precision: PrecisionName) -> float:
+    """Return the seconds that a product of two square matrices takes on the CPU: the median of several."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.ones(2, _PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        return time.perf_counter() - began
+
+    return sorted(timed() for _ in range(_PRODUCTS))[_PRODUCTS // 2]
 
 
 def faster(seconds: dict[PrecisionName, float]) -> PrecisionName:

@@ -31,9 +31,9 @@ def gradients(layer, x, dy, dtype):
     return [x.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 8, 9])
+@pytest.mark.parametrize(("batch", "length"), [(16, 2), (16, 3), (16, 4), (17, 8), (16, 9), (8, 8), (12, 8), (64, 8)])
 @pytest.mark.parametrize(("channels", "kernel"), [((128, 136), 5), ((136, 128), 3), ((130, 128), 1)])
-def test_gradients_in_bfloat16_are_as_good_as_torchs(channels, kernel, length):
+def test_gradients_in_bfloat16_are_as_good_as_torchs(channels, kernel, batch, length):
     """Both against float64, with weights and inputs that bfloat16 can represent."""
     torch.manual_seed(0)
     ours = Conv1d(*channels, kernel, padding=kernel // 2).bfloat16()
@@ -41,7 +41,7 @@ def test_gradients_in_bfloat16_are_as_good_as_torchs(channels, kernel, length):
     for layer, dtype in ((theirs, torch.bfloat16), (exact, torch.float64)):
         layer.load_state_dict(ours.state_dict())
         layer.to(dtype)
-    x, dy = torch.randn(8, channels[0], length).bfloat16(), torch.randn(8, channels[1], length).bfloat16()
+    x, dy = (torch.randn(batch, width, length).bfloat16() for width in channels)
     found = [gradients(ours, x, dy, torch.bfloat16), gradients(theirs, x, dy, torch.bfloat16)]
     true = gradients(exact, x, dy, torch.float64)
     for mine, torchs, value in zip(*found, true, strict=True):
@@ -53,7 +53,7 @@ def test_gradients_in_bfloat16_are_as_good_as_torchs(channels, kernel, length):
 
 def test_gradients_under_autocast_reach_the_float32_weights():
     torch.manual_seed(0)
-    ours, x = Conv1d(128, 128, 5, padding=2), torch.randn(8, 128, 4)
+    ours, x = Conv1d(128, 128, 5, padding=2), torch.randn(16, 128, 4)
     theirs = nn.Conv1d(128, 128, 5, padding=2)
     theirs.load_state_dict(ours.state_dict())
     for layer in (ours, theirs):
@@ -67,7 +67,7 @@ def test_gradients_under_autocast_reach_the_float32_weights():
 
 def test_gradients_of_gradients():
     torch.manual_seed(0)
-    ours, x = Conv1d(128, 128, 3, padding=1).bfloat16(), torch.randn(8, 128, 4).bfloat16()
+    ours, x = Conv1d(128, 128, 3, padding=1).bfloat16(), torch.randn(16, 128, 4).bfloat16()
     theirs = nn.Conv1d(128, 128, 3, padding=1).bfloat16()
     theirs.load_state_dict(ours.state_dict())
     second = []

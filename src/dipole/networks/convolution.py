@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Where the other way was measured to be faster (AVX-512, batches of 8 to 256): 1.3 times for 128 channels and eight
-# positions, 2 to 4 times for 256 channels and four, 6 times for 1024 channels. It is slower in float32.
-_POSITIONS, _CHANNELS = range(3, 9), 128
+# Where the other way was measured to be faster (AVX-512, batches of 16 to 256): 1.3 times for 128 channels and eight
+# positions, 2 to 4 times for 256 channels and four, 6 times for 1024 channels. It is slower in float32. Fewer samples
+# are left to torch: as channels they come to a kernel of oneDNN 3.12 that is wrong on CPUs with AMX (8 or 12 of them).
+_POSITIONS, _CHANNELS, _SAMPLES = range(3, 9), 128, 16
 
 
 class Conv1d(nn.Conv1d):
@@ -42,8 +43,9 @@ class Conv1d(nn.Conv1d):
     def _has_slow_gradient(self, x: Tensor) -> bool:
         kernel, pad = self.kernel_size[0], int(self.padding[0])
         as_many = self.stride[0] == self.dilation[0] == self.groups == 1 and kernel == 2 * pad + 1
-        few = x.shape[2] in _POSITIONS and min(self.in_channels, self.out_channels) >= _CHANNELS
-        return as_many and few and self.weight.requires_grad and torch.is_grad_enabled()
+        few = x.shape[2] in _POSITIONS and x.shape[0] >= _SAMPLES
+        wide = min(self.in_channels, self.out_channels) >= _CHANNELS
+        return as_many and few and wide and self.weight.requires_grad and torch.is_grad_enabled()
 
 
 class _FewPositions(torch.autograd.Function):

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -79,10 +77,10 @@ def _measure(data: Path, folder: Path, name: str, peer_python: str | None, devic
 
 
 def _cpu() -> str:
-    """Return the name of the CPU, where the system gives one, and whether it multiplies bf16 matrices by itself."""
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    model = found[1] if found else platform.processor() or platform.machine()
-    return f"{model}{', AMX' if torch.cpu._is_amx_tile_supported() else ''}"
+    """Return the name of the CPU, and whether it multiplies matrices of bfloat16 in tiles."""
+    from dipole.evaluation.machine import machine
+
+    return f"{machine()['processor']}{', AMX' if torch.cpu._is_amx_tile_supported() else ''}"
 
 
 def _round(data: Path, folder: Path, name: str, peer_python: str | None, device: str) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dipole.data.formats import minari
-from dipole.errors import DipoleError
+from refusals import assert_refused
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "minari" / "toy"
 MAIN = "data/main_data.hdf5"
@@ -250,17 +250,16 @@ HDF5_DAMAGE = {
 }
 
 
-def refuse(name, damage, words, tmp_path):
+def assert_damage_is_refused(name, damage, words, tmp_path):
     shutil.copytree(GOLDEN / name, tmp_path / "set")
     damage(tmp_path / "set")
-    with pytest.raises(DipoleError, match=words) as caught:
+    with assert_refused(words):
         minari.read(tmp_path / "set")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", HDF5_DAMAGE)
 def test_damaged_hdf5(name, tmp_path):
-    refuse("pick-hdf5-v0", *HDF5_DAMAGE[name], tmp_path)
+    assert_damage_is_refused("pick-hdf5-v0", *HDF5_DAMAGE[name], tmp_path)
 
 
 PART = "data/0/part-0.arrow"
@@ -332,7 +331,7 @@ ARROW_DAMAGE = {
 
 @pytest.mark.parametrize("name", ARROW_DAMAGE)
 def test_damaged_arrow(name, tmp_path):
-    refuse("pick-arrow-v0", *ARROW_DAMAGE[name], tmp_path)
+    assert_damage_is_refused("pick-arrow-v0", *ARROW_DAMAGE[name], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pick-hdf5-v0", "pick-arrow-v0"])

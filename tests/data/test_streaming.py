@@ -12,6 +12,7 @@ from dipole.data import Streaming, Windows, load
 from dipole.data.formats import lerobot, video, video_index
 from dipole.data.streaming import PictureCache, StreamedColumn
 from dipole.errors import DipoleError
+from refusals import assert_refused
 
 av = pytest.importorskip("av")
 VIDEO = "videos/observation.images.top/chunk-000/file-000.mp4"
@@ -194,9 +195,8 @@ def test_damage_found_by_a_worker_names_the_file(name, sets, tmp_path):
     windows = Windows(data, [TOP])
     damage(root / VIDEO)
     for _ in range(2):  # an error does not leave the decoders in disorder
-        with pytest.raises(DipoleError, match=message) as caught:
+        with assert_refused(message):
             windows.batch(np.arange(len(windows)))
-        assert "\n" not in str(caught.value)
     # The other camera is whole.
     assert data.columns["observation.images.side"][[3]].any()
 

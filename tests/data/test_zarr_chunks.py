@@ -15,7 +15,7 @@ import pytest
 from data_helpers import FIXTURES
 
 from dipole.data.formats import zarr_chunks, zarr_replay
-from dipole.errors import DipoleError
+from refusals import assert_refused
 
 zarr = pytest.importorskip("zarr")
 numcodecs = pytest.importorskip("numcodecs")
@@ -68,15 +68,14 @@ def zipped(root, packing=zipfile.ZIP_STORED):
     return path
 
 
-def refused(path, message):
+def assert_refused_cheaply(path, message):
     tracemalloc.start()
     try:
-        with pytest.raises(DipoleError, match=message) as caught:
+        with assert_refused(message):
             zarr_replay.read(path)
         assert tracemalloc.get_traced_memory()[1] < MOST
     finally:
         tracemalloc.stop()
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -93,8 +92,8 @@ def test_bomb(name, root):
     assert len(numcodecs.get_codec({"id": codec}).decode(bomb)) == SIZE  # it is a real one
     packed_with(root, codec, bomb)
     message = TOO_LARGE if "lz4" in name else REFUSED
-    refused(root, message)
-    refused(zipped(root), message)
+    assert_refused_cheaply(root, message)
+    assert_refused_cheaply(zipped(root), message)
 
 
 @pytest.mark.parametrize("codec", ["zlib", "gzip", "bz2", "lz4", "zstd", "blosc"])
@@ -107,7 +106,7 @@ def test_what_keeps_its_word_is_read(codec, root):
     # a byte more than announced is refused: nothing is rounded
     values = np.ascontiguousarray(expected).tobytes()
     packed_with(root, codec, numcodecs.get_codec({"id": codec}).encode(values + b"\0"))
-    refused(root, REFUSED)
+    assert_refused_cheaply(root, REFUSED)
 
 
 @pytest.mark.parametrize("size_bytes", [1, 2, 4, 8])
@@ -128,26 +127,26 @@ def test_a_raw_chunk_too_large_is_refused(root):
     array.write_text(json.dumps(json.loads(array.read_text()) | {"compressor": None}))
     with (root / "data/action/0.0").open("wb") as file:
         file.truncate(2**40)
-    refused(root, "chunk 'data/action/0.0' has 1099511627776 bytes for 160 announced: it is damaged")
+    assert_refused_cheaply(root, "chunk 'data/action/0.0' has 1099511627776 bytes for 160 announced: it is damaged")
 
 
 def test_zip_members(root):
     """Packed twice: the chunk itself is a bomb of the zip file."""
-    refused(zipped(root, zipfile.ZIP_LZMA), "packed neither stored nor deflated: unpack it with unzip")
+    assert_refused_cheaply(zipped(root, zipfile.ZIP_LZMA), "packed neither stored nor deflated: unpack it with unzip")
     (root / "data/action/0.0").write_bytes(bytes(SIZE))
     path = zipped(root, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < SIZE // 100
-    refused(path, f"has {SIZE} bytes for 160 announced")
+    assert_refused_cheaply(path, f"has {SIZE} bytes for 160 announced")
     # Its directory says 160 bytes: no more is unpacked.
     path.write_bytes(path.read_bytes().replace(struct.pack("<I", SIZE), struct.pack("<I", 160)))
-    refused(path, "'data/action' cannot be unpacked")
+    assert_refused_cheaply(path, "'data/action' cannot be unpacked")
 
 
 def test_descriptions(root, monkeypatch):
     monkeypatch.setattr(zarr_chunks, "_DESCRIPTION_BYTES", 2**20)
     (root / "data/.zattrs").write_text(json.dumps({"comment": "x" * 2**20}))
     for path in (root, zipped(root, zipfile.ZIP_DEFLATED)):
-        refused(path, r"'data/.zattrs' has \d+ bytes: this is no description of an array")
+        assert_refused_cheaply(path, r"'data/.zattrs' has \d+ bytes: this is no description of an array")
 
 
 def test_version_3(tmp_path):
@@ -161,6 +160,6 @@ def test_version_3(tmp_path):
     np.testing.assert_array_equal(
         zarr_replay.read(tmp_path / "plain.zarr").columns["action"], np.arange(16).reshape(8, 2)
     )
-    refused(tmp_path / "sharded.zarr", "packed with sharding_indexed: write it again")
+    assert_refused_cheaply(tmp_path / "sharded.zarr", "packed with sharding_indexed: write it again")
     (tmp_path / "plain.zarr/data/action/c/0/0").write_bytes(numcodecs.Zstd().encode(zeros()))
-    refused(tmp_path / "plain.zarr", "unpacks to more than the 32 bytes announced")
+    assert_refused_cheaply(tmp_path / "plain.zarr", "unpacks to more than the 32 bytes announced")

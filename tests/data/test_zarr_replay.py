@@ -15,6 +15,7 @@ from data_helpers import FIXTURES, make_episodes
 from dipole.data import Episodes, Feature, load, pusht
 from dipole.data.formats import zarr_chunks, zarr_replay
 from dipole.errors import DipoleError
+from refusals import assert_refused
 
 zarr = pytest.importorskip("zarr")
 GOLDEN = FIXTURES / "replay_buffer.zarr"
@@ -183,9 +184,8 @@ def test_damage(name, tmp_path, monkeypatch):
     root = shutil.copytree(GOLDEN, tmp_path / "a.zarr")
     zarr_replay.read(root)
     damage(root)
-    with pytest.raises(DipoleError, match=message) as caught:
+    with assert_refused(message):
         zarr_replay.read(root)
-    assert "\n" not in str(caught.value)
     assert not (tmp_path / "evil.txt").exists()
 
 

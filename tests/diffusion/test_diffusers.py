@@ -43,13 +43,13 @@ def run_peer(scheduler, x, generator=None, net=network, **options):
     return x
 
 
-def agree(theirs, ours, tolerance, of=None):
+def assert_agree(theirs, ours, tolerance, of=None):
     assert theirs.dtype == ours.dtype
     scale = (theirs if of is None else of).abs().max().clamp(min=1)
     assert float((theirs - ours).abs().max()) <= tolerance * float(scale)
 
 
-def check_steps(scheduler, process, prediction, levels, kernel, **options):
+def assert_steps_agree(scheduler, process, prediction, levels, kernel, **options):
     """Check every step of a chain of the scheduler's, as shipped, from the same sample and network output."""
     assert torch.equal(process.alpha_bar, scheduler.alphas_cumprod)
     assert scheduler.timesteps.tolist() == levels[:-1].tolist()
@@ -59,7 +59,7 @@ def check_steps(scheduler, process, prediction, levels, kernel, **options):
         denoiser = NetworkDenoiser(lambda *_, output=output: output, process, TYPES[prediction])
         ours = sample(denoiser, process, pair, kernel, init=x, generator=fresh())
         x = scheduler.step(output, t, x, generator=fresh(), **options).prev_sample
-        agree(x, ours, SHIPPED)
+        assert_agree(x, ours, SHIPPED)
 
 
 class Tape:
@@ -116,13 +116,13 @@ def test_ddpm(schedule, num_levels, prediction, variance, clip, num_steps):
         return scheduler
 
     single = SCHEDULES[schedule](num_levels, dtype=torch.float32)
-    check_steps(peer(), single, prediction, single.levels(num_steps, "leading"), kernel)
+    assert_steps_agree(peer(), single, prediction, single.levels(num_steps, "leading"), kernel)
 
     process, scheduler = SCHEDULES[schedule](num_levels), peer()
     with_double_tables(scheduler, process)
     theirs = run_peer(scheduler, start(F64), generator=fresh())
     denoiser, levels = NetworkDenoiser(network, process, TYPES[prediction]), process.levels(num_steps, "leading")
-    agree(theirs, sample(denoiser, process, levels, kernel, init=start(F64), generator=fresh()), EXACT)
+    assert_agree(theirs, sample(denoiser, process, levels, kernel, init=start(F64), generator=fresh()), EXACT)
 
 
 @pytest.mark.parametrize(("clip", "source"), [(False, "raw"), (True, "raw"), (True, "clipped")])
@@ -147,13 +147,13 @@ def test_ddim(schedule, num_levels, prediction, eta, spacing, clip, source):
         return scheduler
 
     single = SCHEDULES[schedule](num_levels, dtype=torch.float32)
-    check_steps(peer(), single, prediction, single.levels(10, spacing), kernel, **options)
+    assert_steps_agree(peer(), single, prediction, single.levels(10, spacing), kernel, **options)
 
     process, scheduler = SCHEDULES[schedule](num_levels), peer()
     with_double_tables(scheduler, process)
     theirs = run_peer(scheduler, start(F64), generator=fresh(), **options)
     denoiser, levels = NetworkDenoiser(network, process, TYPES[prediction]), process.levels(10, spacing)
-    agree(theirs, sample(denoiser, process, levels, kernel, init=start(F64), generator=fresh()), EXACT)
+    assert_agree(theirs, sample(denoiser, process, levels, kernel, init=start(F64), generator=fresh()), EXACT)
 
 
 @pytest.mark.parametrize("prediction", TYPES)
@@ -179,13 +179,13 @@ def test_dpm_solver_pp_2m(spacing, schedule, num_levels, prediction):
     single, tape = SCHEDULES[schedule](num_levels, dtype=torch.float32), Tape()
     theirs = run_peer(peer(), start(torch.float32), net=tape.record)
     denoiser = NetworkDenoiser(tape.play, single, TYPES[prediction])
-    agree(theirs, sample(denoiser, single, levels, DPMSolverPP2M(), init=start(torch.float32)), SHIPPED)
+    assert_agree(theirs, sample(denoiser, single, levels, DPMSolverPP2M(), init=start(torch.float32)), SHIPPED)
 
     process, scheduler = SCHEDULES[schedule](num_levels), peer()
     scheduler.sigmas = process.sigma(levels) / process.alpha(levels)
     theirs = run_peer(scheduler, start(F64))
     denoiser = NetworkDenoiser(network, process, TYPES[prediction])
-    agree(theirs, sample(denoiser, process, levels, DPMSolverPP2M(), init=start(F64)), EXACT_IN_SINGLE)
+    assert_agree(theirs, sample(denoiser, process, levels, DPMSolverPP2M(), init=start(F64)), EXACT_IN_SINGLE)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -203,13 +203,13 @@ def test_flow_match_euler(shift, num_steps):
     tape = Tape()
     theirs = run_peer(peer(), start(torch.float32), net=tape.record)
     denoiser = NetworkDenoiser(tape.play, process, "velocity")
-    agree(theirs, sample(denoiser, process, levels, init=start(torch.float32)), SHIPPED)
+    assert_agree(theirs, sample(denoiser, process, levels, init=start(torch.float32)), SHIPPED)
 
     scheduler = peer()
     scheduler.sigmas, scheduler.timesteps = levels, 1000 * levels[:-1]
     theirs = run_peer(scheduler, start(F64))
     denoiser = NetworkDenoiser(network, process, "velocity")
-    agree(theirs, sample(denoiser, process, levels, init=start(F64)), EXACT_IN_SINGLE)
+    assert_agree(theirs, sample(denoiser, process, levels, init=start(F64)), EXACT_IN_SINGLE)
 
 
 @pytest.mark.parametrize("spacing", ["karras", "exponential"])
@@ -239,16 +239,16 @@ def test_edm(solver, spacing, num_steps):
             denoiser = NetworkDenoiser(lambda *_, output=output: output, process, "edm", sigma_data=0.5)
             ours, theirs = sample(denoiser, process, pair, kernel, init=x), scheduler.step(output, t, x).prev_sample
             # Theirs adds a difference to x, which may be 300 times what is left: its rounding is that of x.
-            agree(theirs, ours, SHIPPED, of=torch.stack((x, theirs)))
+            assert_agree(theirs, ours, SHIPPED, of=torch.stack((x, theirs)))
             x = theirs
     else:
         tape = Tape(lambda x, t: edm_network(x, 1000 * t))
         theirs = run_peer(peer(), 80.0 * start(torch.float32), net=tape.record)
         denoiser = NetworkDenoiser(tape.play, process, "edm", sigma_data=0.5)
-        agree(theirs, sample(denoiser, process, levels, kernel, init=80.0 * start(torch.float32)), SHIPPED)
+        assert_agree(theirs, sample(denoiser, process, levels, kernel, init=80.0 * start(torch.float32)), SHIPPED)
 
     scheduler = peer()
     scheduler.sigmas, told = levels, iter(process.network_time(levels[:-1]))
     theirs = run_peer(scheduler, 80.0 * start(F64), net=lambda x, t: edm_network(x, next(told)))
     denoiser = NetworkDenoiser(edm_network, process, "edm", sigma_data=0.5)
-    agree(theirs, sample(denoiser, process, levels, kernel, init=80.0 * start(F64)), EXACT_IN_SINGLE)
+    assert_agree(theirs, sample(denoiser, process, levels, kernel, init=80.0 * start(F64)), EXACT_IN_SINGLE)

@@ -75,21 +75,22 @@ def test_acts_as_lerobot_did(name, tmp_path):
     LeRobot's rounding, amplified by ten denoising steps: up to 9.6e-6. Ours is as large, another on every CPU.
     """
     policy = Policy.from_lerobot(write_checkpoint(name, tmp_path / "checkpoint"))
-    io, obs = golden.results(name), observation(name, policy.config.observation)
-    with torch.no_grad():
-        single, _ = policy.act(obs, policy.initial_state(3), io["noise"])
-        policy.double()
-        obs, noise = {key: value.double() for key, value in obs.items()}, io["noise"].double()
-        cond = policy.encode(obs)
-        assert_near(cond["obs"].flatten(1), io["global_cond"])
-        assert_near(policy.denoise(cond, noise)[:, 1:9], io["chunk_normalized"])
-        if "unet_at_t50" in io:
-            assert_near(policy.network(noise, torch.full((3,), 50.0), cond), io["unet_at_t50"])
-    chunk, state = policy.act(obs, policy.initial_state(3), noise)
-    assert chunk.dtype == torch.float64
-    assert_near(chunk, io["chunk"])
-    assert_near(single, chunk, 2e-5)
-    assert state == {}
+    io, obs, noise = golden.results(name), observation(name, policy.config.observation), golden.results(name)["noise"]
+    chunks = {}
+    for dtype in (torch.float32, torch.float64):
+        policy.to(dtype)
+        obs, noise = {key: value.to(dtype) for key, value in obs.items()}, noise.to(dtype)
+        with torch.no_grad():
+            cond = policy.encode(obs)
+            assert_near(cond["obs"].flatten(1), io["global_cond"])
+            assert_near(policy.denoise(cond, noise)[:, 1:9], io["chunk_normalized"])
+            if "unet_at_t50" in io:
+                assert_near(policy.network(noise, torch.full((3,), 50.0), cond), io["unet_at_t50"])
+        chunks[dtype], state = policy.act(obs, policy.initial_state(3), noise)
+        assert chunks[dtype].dtype == dtype
+        assert state == {}
+    assert_near(chunks[torch.float64], io["chunk"])
+    assert_near(chunks[torch.float32], chunks[torch.float64], 2e-5)
     assert not policy.training
 
 

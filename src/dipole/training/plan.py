@@ -64,10 +64,11 @@ def make_plan(
     elif config.compile and accelerator.device.type == "cpu":
         # Compiling both would take minutes, and without compiling bf16 loses in its conversions what it gains. In a
         # compiled network these are part of other kernels: its products decide.
-        precision = agreed(faster({name: time_product(name) for name in names}))
+        precision = faster({name: time_product(name) for name in names})
     else:
         seconds = {name: _time(accelerator, policy, source, config, name) for name in names}
-        precision = agreed(faster(seconds))
+        precision = faster(seconds)
+    precision = agreed(precision)
     steps = config.steps
     if steps is None:
         if precision not in seconds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ PrecisionName = Literal["fp32", "bf16"]
 
 _WARMUP_UPDATES = 2  # the first ones allocate memory and pack weights
 _MOST_UPDATES = 200
-_PRODUCT_SIZE, _PRODUCTS = 512, 20  # 0.3 GFLOP each: milliseconds, and long enough to be those of a network's layers
+_PRODUCT_SIZE, _PRODUCT_SECONDS = 512, 0.05  # of the size of a layer's: 0.3 GFLOP, about a millisecond
 
 
 def autocast(device: torch.device, precision: PrecisionName) -> AbstractContextManager[None]:
@@ -22,12 +22,12 @@ def autocast(device: torch.device, precision: PrecisionName) -> AbstractContextM
 
 
 def time_updates(
-    update: Callable[[], None], seconds: float, device: torch.device, agree: Callable[[int], int] = lambda n: n
+    update: Callable[[], Any], seconds: float, device: torch.device, agree: Callable[[int], int] = lambda n: n
 ) -> float:
     """Return the seconds one update takes: the mean without the slowest tenth, over about `seconds`.
 
     Args:
-        update: Does one.
+        update: Does one (or whatever else is to be timed).
         seconds: Time to spend.
         device: Where it runs (a GPU is waited for).
         agree: Makes several processes do the same number of updates.
@@ -49,16 +49,10 @@ def time_updates(
 
 
 def time_product(precision: PrecisionName) -> float:
-    """Return the seconds that a product of two square matrices takes on the CPU: the median of several."""
+    """Return the seconds that a product of two square matrices of `_PRODUCT_SIZE` takes on the CPU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = torch.ones(2, _PRODUCT_SIZE, _PRODUCT_SIZE, dtype=dtype)
-
-    def timed() -> float:
-        began = time.perf_counter()
-        torch.mm(left, right)
-        return time.perf_counter() - began
-
-    return sorted(timed() for _ in range(_PRODUCTS))[_PRODUCTS // 2]
+    return time_updates(lambda: torch.mm(left, right), _PRODUCT_SECONDS, torch.device("cpu"))
 
 
 def faster(seconds: dict[PrecisionName, float]) -> PrecisionName:
